@@ -1,0 +1,1 @@
+"""Userspace virtio for KVM, programmable in Python."""

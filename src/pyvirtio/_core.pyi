@@ -1,0 +1,282 @@
+"""The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
+
+from collections.abc import Buffer, Callable, Iterator, Sequence
+from typing import Literal, Protocol, Self, final
+
+from pyvirtio.backends.block import BlockBackend
+
+Handler = Callable[["VirtQueue"], object] | "BlkPlane"
+
+@final
+class GuestMemory:
+    """Guest RAM: regions of files that are mapped shared.
+
+    A region is `(guest address, size, fd, file offset)`, all in bytes. The object keeps its own duplicates of the
+    fds. Every access is checked against the regions and raises `GuestError` outside them; an access may cross
+    from one region into an adjacent one. Safe from any thread.
+    """
+
+    def __init__(self, regions: Sequence[tuple[int, int, int, int]]) -> None: ...
+    @staticmethod
+    def allocate(ranges: Sequence[tuple[int, int]]) -> GuestMemory:
+        """Fresh zeroed RAM (one memfd) at each `(guest address, size)`."""
+    @property
+    def regions(self) -> list[tuple[int, int, int, int]]: ...
+    def read(self, address: int, length: int) -> bytes: ...
+    def write(self, address: int, data: Buffer) -> None: ...
+    def load16(self, address: int) -> int:
+        """One atomic load with acquire ordering."""
+    def store16(self, address: int, value: int) -> None:
+        """One atomic store with release ordering."""
+    def view(self, address: int, length: int) -> memoryview:
+        """Guest memory itself, writable, through Python's own mapping; must lie in one region."""
+
+@final
+class IrqLine:
+    """A level-triggered interrupt line: KVM's, or one that only remembers its level for the in-process accelerator.
+
+    Several devices may share a line (`IrqLine.share`): it is high while one of them holds it high.
+    """
+
+    def __init__(self) -> None:
+        """A line that only remembers its level; `fd` (an eventfd) is signalled whenever it rises."""
+    @property
+    def level(self) -> bool: ...
+    @property
+    def fd(self) -> int: ...
+    def set(self, level: bool) -> None: ...
+    def share(self) -> IrqLine:
+        """A further input of the same line, for another device."""
+
+@final
+class Isr:
+    """The ISR status of one device (virtio 1.3, 4.1.4.5), and its INTx line."""
+
+    def __init__(self, line: IrqLine) -> None: ...
+    intx_enabled: bool
+    def read(self) -> int:
+        """Return the bits, clear them and lower the line."""
+    def peek(self) -> int: ...
+
+@final
+class MsixVector:
+    """One MSI-X vector: an eventfd that KVM takes as irqfd, with its mask and pending bits."""
+
+    def __init__(self) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    masked: bool
+    pending: bool
+    def signal(self) -> None: ...
+
+@final
+class DeviceState:
+    """What the queues of one device share: its epoch, whether it is broken, and its configuration interrupt."""
+
+    def __init__(self, name: str, on_broken: Callable[[str], object]) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def broken(self) -> str | None:
+        """Why the device needs a reset, or None."""
+    driver_ok: bool
+    def fail(self, reason: str) -> None:
+        """Break the device: no queue takes a further chain, and a driver that is up gets a configuration interrupt."""
+    def set_config_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
+    def notify_config(self) -> None:
+        """Send the configuration interrupt (ISR bits 0 and 1, as QEMU does)."""
+    def reset(self) -> None:
+        """Start a new epoch: chains of the old one raise `StaleChain`; forget why the device was broken."""
+
+@final
+class Chain:
+    """One request of the driver: its device-readable bytes, then its device-writable bytes.
+
+    Reading and writing advance; what was written is counted and reported as the used length. Any thread; every
+    method raises `StaleChain` after the reset of the device.
+    """
+
+    @property
+    def head(self) -> int: ...
+    @property
+    def readable(self) -> int:
+        """Bytes left to read."""
+    @property
+    def writable(self) -> int:
+        """Bytes left to write."""
+    def read(self, length: int | None = None) -> bytes:
+        """The next `length` bytes, or all that are left; fewer where the chain ends."""
+    def unpack(self, format: str) -> tuple[int | bytes, ...]:
+        """Read what `struct.calcsize(format)` asks for and unpack it; `GuestError` if the chain is shorter."""
+    def write(self, data: Buffer) -> int:
+        """Write as much of `data` as fits; return how many bytes did."""
+    def complete(self) -> None:
+        """Give the chain back to the driver. A second call raises `RuntimeError`."""
+
+@final
+class VirtQueue:
+    """One virtqueue: iterate over it to take the chains the driver made available.
+
+    A handler never runs twice at once. Chains completed inside the handler are published together with one
+    interrupt decision; chains completed later, from any thread, at once.
+    """
+
+    def __init__(self, state: DeviceState, name: str, index: int, max_size: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def max_size(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Entries of the ring, 0 while the queue is not started."""
+    @property
+    def ready(self) -> bool:
+        """Whether the queue has a ring."""
+    @property
+    def attached(self) -> bool: ...
+    @property
+    def kick_fd(self) -> int: ...
+    def start(
+        self,
+        memory: GuestMemory,
+        handler: Handler,
+        *,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        event_idx: bool = False,
+        indirect: bool = False,
+        notify_on_empty: bool = False,
+        next_avail: int = 0,
+        next_used: int = 0,
+    ) -> None:
+        """Take a ring into use. `GuestError` if it is unaligned, overlaps itself or lies outside RAM."""
+    def stop(self) -> tuple[int, int]:
+        """Wait for a running handler, forget the ring; return (next avail index, next used index)."""
+    def set_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
+    def service(self) -> bool:
+        """Serve what is available, on this thread; True if the budget of a pass was used up."""
+    def notify(self) -> None:
+        """A notify that reached userspace: serve it here, or signal the eventfd while that is attached."""
+    def attach(self) -> None:
+        """From here on the eventfd carries the kicks; leaves it signalled."""
+    def detach(self) -> None:
+        """From here on notifies are served by `notify`; serves a kick that is still in the eventfd."""
+    def signal(self) -> None:
+        """Signal the eventfd as a kick does."""
+    def __iter__(self) -> Iterator[Chain]: ...
+    def __next__(self) -> Chain: ...
+    @property
+    def in_flight(self) -> int:
+        """Chains taken and not completed."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """notifies (exits), kicks (signals seen), wakeups, chains, interrupts, suppressed; since the queue was made."""
+
+@final
+class IoThread:
+    """The loop of an I/O thread: waits for kicks and serves the queues. `run` is the target of a Python thread."""
+
+    def __init__(self, *, poll_max_ns: int = 32768, poll_grow: int = 0, poll_shrink: int = 0) -> None: ...
+    poll_max_ns: int
+    def run(self) -> None:
+        """Serve until `close`; call it once, on a thread made by Python."""
+    def close(self) -> None: ...
+    def add(self, vq: VirtQueue) -> None:
+        """Poll the queue's eventfd from now on. `OSError` if epoll refuses."""
+    def remove(self, vq: VirtQueue) -> None: ...
+
+@final
+class BlkPlane:
+    """Serves virtio-blk requests (virtio 1.3, 5.2.6): parses them, and does the I/O natively or through a backend.
+
+    `backend` is an fd of a raw file (duplicated; served without Python) or a `BlockBackend`. `capacity` in bytes. One plane may
+    serve any number of queues.
+    """
+
+    def __init__(
+        self,
+        backend: int | BlockBackend,
+        *,
+        capacity: int,
+        readonly: bool = False,
+        flush: bool = True,
+        discard: bool = False,
+        write_zeroes: bool = False,
+        serial: bytes = b"",
+        block_size: int = 512,
+        max_discard_sectors: int = 0,
+        max_write_zeroes_sectors: int = 0,
+        max_discard_segments: int = 1,
+    ) -> None: ...
+    writethrough: bool
+    """Flush after every write (the driver did not take VIRTIO_BLK_F_FLUSH, or switched the cache off)."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """reads, writes, flushes, discards, errors, bytes_read, bytes_written."""
+
+class Bus(Protocol):
+    """Where the accesses of a vCPU go that KVM does not handle."""
+
+    def pio_read(self, port: int, size: int) -> int: ...
+    def pio_write(self, port: int, size: int, value: int) -> None: ...
+    def mmio_read(self, address: int, size: int) -> int: ...
+    def mmio_write(self, address: int, size: int, value: int) -> None: ...
+
+@final
+class Serial:
+    """A 16550 serial port whose output goes to a file descriptor."""
+
+    def __init__(self, line: IrqLine, out_fd: int) -> None: ...
+    def receive(self, data: Buffer) -> int:
+        """Queue what somebody typed; return how many bytes the FIFO took."""
+
+@final
+class Vm:
+    """A virtual machine of `/dev/kvm`. Errors are `OSError`."""
+
+    def __init__(self, device: str = "/dev/kvm") -> None: ...
+    def set_memory(self, memory: GuestMemory) -> None: ...
+    def add_rom(self, address: int, data: bytes) -> None:
+        """A read-only slot; the guest's writes to it become MMIO exits."""
+    def create_irqchip(self) -> None:
+        """The interrupt controllers and the PIT, in the kernel."""
+    def irq_line(self, gsi: int) -> IrqLine: ...
+    def assign_ioeventfd(
+        self, fd: int, space: Literal["pio", "mmio"], address: int, length: int, datamatch: int | None
+    ) -> None: ...
+    def deassign_ioeventfd(
+        self, fd: int, space: Literal["pio", "mmio"], address: int, length: int, datamatch: int | None
+    ) -> None: ...
+    def assign_irqfd(self, fd: int, gsi: int) -> None: ...
+    def deassign_irqfd(self, fd: int, gsi: int) -> None: ...
+    def set_msi_routes(self, routes: Sequence[tuple[int, int, int]]) -> None:
+        """All MSI routes, `(gsi, address, data)`; the irqchip's pins keep theirs."""
+    def attach_serial(self, serial: Serial, port: int) -> None:
+        """Answer 8 ports from `port` on in the core."""
+    def create_vcpu(self, index: int) -> Vcpu: ...
+
+@final
+class Vcpu:
+    """One virtual CPU. Everything but `stop` belongs to the thread that runs it."""
+
+    def set_cpuid(self, cpus: int) -> None:
+        """What the host supports, with the APIC id, the topology of `cpus` CPUs and the hypervisor bits."""
+    def set_linux_entry(self, entry: int, boot_params: int) -> None:
+        """64-bit boot protocol: long mode, identity page tables below 4 GiB written at 0x9000, rsi = boot_params."""
+    def set_registers(self, mode: Literal["real", "protected", "long"], **registers: int) -> None:
+        """For freestanding guests: flat segments of that mode, then the named registers."""
+    def get_registers(self) -> dict[str, int]: ...
+    def run(self, bus: Bus) -> str:
+        """Run until `stop` ("stopped"), a triple fault ("shutdown"), HLT without an irqchip ("hlt") or an error."""
+    def stop(self) -> None:
+        """Make `run` return soon; from any thread."""
+    @property
+    def exits(self) -> dict[str, int]:
+        """Userspace exits by kind: pio_read, pio_write, mmio_read, mmio_write, serial, other."""
+
+def supported(device: str = "/dev/kvm") -> str | None:
+    """None if this KVM offers what pyvirtio needs, else what is missing."""
