@@ -1,0 +1,1 @@
+"""Who plays the platform: one small protocol for ioeventfds, interrupts and guest memory."""
