@@ -1,1 +1,23 @@
-"""Userspace virtio for KVM, programmable in Python."""
+"""Userspace virtio for KVM, programmable in Python.
+
+A device is a class and a virtqueue is a method: see `Device` and `queue`.
+"""
+
+from pyvirtio._core import Chain, VirtQueue
+from pyvirtio.backends.block import BlockBackend
+from pyvirtio.device import Device, queue
+from pyvirtio.errors import ConfigError, GuestError, ProtocolError, StaleChain
+from pyvirtio.spec import DeviceId
+
+__all__ = [
+    "BlockBackend",
+    "Chain",
+    "ConfigError",
+    "Device",
+    "DeviceId",
+    "GuestError",
+    "ProtocolError",
+    "StaleChain",
+    "VirtQueue",
+    "queue",
+]

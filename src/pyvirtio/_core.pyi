@@ -1,7 +1,7 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
 from collections.abc import Buffer, Callable, Iterator, Sequence
-from typing import Literal, Protocol, Self, final
+from typing import Literal, Protocol, final
 
 from pyvirtio.backends.block import BlockBackend
 

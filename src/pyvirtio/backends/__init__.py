@@ -1,0 +1,1 @@
+"""What a device does its work on: disks for `blk`."""

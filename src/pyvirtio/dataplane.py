@@ -1,0 +1,151 @@
+"""A running device: its queues, the I/O thread that serves them, and the notifiers in between."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from pyvirtio import _core
+from pyvirtio._core import DeviceState, GuestMemory, VirtQueue
+from pyvirtio.device import Device
+from pyvirtio.errors import ConfigError
+from pyvirtio.notifiers import HostNotifiers, Undo
+from pyvirtio.properties import Range
+from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, NO_VECTOR, Feature
+
+log = logging.getLogger("pyvirtio")
+
+
+class IoThread:
+    """An I/O thread: waits for the kicks of the queues it was given and serves them.
+
+    The thread is Python's, its loop the core's: it holds the interpreter only while a handler written in Python
+    runs. After a kick it looks for more work for up to `poll_max_ns` before it sleeps (adaptive, off on one CPU).
+    """
+
+    def __init__(
+        self,
+        name: str = "iothread",
+        *,
+        poll_max_ns: Annotated[int, "longest busy wait for more work, ns; 0 = none", Range(0, 10**9)] = 32768,
+        poll_grow: Annotated[int, "factor by which a busy wait grows; 0 = 2", Range(0, 1024)] = 0,
+        poll_shrink: Annotated[int, "divisor by which it shrinks; 0 = back to none", Range(0, 1024)] = 0,
+    ) -> None:
+        self.name = name
+        self.loop = _core.IoThread(poll_max_ns=poll_max_ns, poll_grow=poll_grow, poll_shrink=poll_shrink)
+        self._thread = threading.Thread(target=self.loop.run, name=f"pyvirtio {name}", daemon=True)
+        self._thread.start()
+
+    def poll(self, vq: VirtQueue) -> Undo:
+        """Serve the queue from now on whenever its eventfd is signalled; return how to stop that."""
+        self.loop.add(vq)
+        # A kick may have arrived while nobody polled.
+        vq.signal()
+        return lambda: self.loop.remove(vq)
+
+    def close(self) -> None:
+        self.loop.close()
+        self._thread.join()
+
+
+@dataclass
+class QueueSetup:
+    """What a driver wrote about one queue; addresses are guest-physical."""
+
+    size: int
+    desc: int = 0
+    avail: int = 0
+    used: int = 0
+    enabled: bool = False
+    vector: int = NO_VECTOR
+
+
+class Dataplane:
+    """The queues of one device while a driver uses them.
+
+    `assign_ioeventfd(vq)` registers all notify addresses of a queue and returns how to undo that. Its owner (the
+    transport) serialises the calls; `notify` may come from any thread at any time.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        name: str,
+        iothread: IoThread,
+        assign_ioeventfd: Callable[[VirtQueue], Undo],
+        *,
+        ioeventfd: bool,
+    ) -> None:
+        device.name = name
+        self.device = device
+        self.iothread = iothread
+        self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
+        self.queues = self._make_queues()
+        self.notifiers = HostNotifiers(
+            name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd
+        )
+        device.config_changed = self.state.notify_config
+        self._declared = device.queues
+        self._active = False
+
+    def _make_queues(self) -> list[VirtQueue]:
+        queues = self.device.queues
+        if not 1 <= len(queues) <= MAX_QUEUES:
+            kind, count = type(self.device).__name__, len(queues)
+            raise ConfigError(f"{self.device.name}: {kind} has {count} queues, allowed are 1 to {MAX_QUEUES}")
+        for q in queues:
+            if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
+                raise ConfigError(
+                    f"{self.device.name}: {q.name} has size {q.size}, allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
+                )
+        return [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(queues)]
+
+    def start_queue(
+        self, index: int, memory: GuestMemory, setup: QueueSetup, features: int, *, legacy: bool = False
+    ) -> None:
+        """Take a ring into use; `GuestError` if it cannot be one. Served from `run` on, or by a legacy `notify`."""
+        self.queues[index].start(
+            memory,
+            self._declared[index].handler,
+            size=setup.size,
+            desc=setup.desc,
+            avail=setup.avail,
+            used=setup.used,
+            event_idx=bool(features & Feature.EVENT_IDX),
+            indirect=bool(features & Feature.INDIRECT_DESC),
+            notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
+        )
+
+    def stop_queue(self, index: int) -> None:
+        """Give one ring up (legacy QUEUE_PFN = 0); the notifiers go down and come back for the others."""
+        running = self.notifiers.running
+        self.notifiers.stop()
+        self.queues[index].stop()
+        if running:
+            self.notifiers.start()
+
+    def run(self, features: int) -> None:
+        """DRIVER_OK: activate the device first, start the notifiers last. Repeating it changes nothing."""
+        if not self._active:
+            self._active = True
+            self.device.activate(features)
+            self.state.driver_ok = True
+        self.notifiers.start()
+
+    def stop(self) -> None:
+        """Stop the notifiers first, wait for what is in flight, and deactivate the device last."""
+        self.notifiers.stop()
+        self.state.driver_ok = False
+        for vq in self.queues:
+            if vq.ready:
+                vq.stop()
+        if self._active:
+            self._active = False
+            self.device.reset()
+        self.state.reset()
+
+    def notify(self, index: int) -> None:
+        """A notify that reached userspace; ignored for a queue that does not exist or has no ring."""
+        if index < len(self.queues):
+            self.queues[index].notify()

@@ -1,0 +1,135 @@
+"""What a user subclasses: a device is a class, and each of its virtqueues is a method.
+
+A device declares its queues, features and configuration space and writes only behaviour; it sees no eventfd, no
+interrupt, no lock and no transport.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import LittleEndianStructure
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, ClassVar, Self, TypeVar
+
+from pyvirtio._core import BlkPlane, VirtQueue
+
+Handler = Callable[[VirtQueue], object] | BlkPlane
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One virtqueue of a device: its name in the specification, its largest size, and what serves it."""
+
+    name: str
+    size: int
+    handler: Handler
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What `@queue` was given. A string is the name of the device's attribute that holds the number."""
+
+    size: int | str
+    count: int | str
+    native: bool
+
+    def of(self, device: object, name: str, method: Callable[..., Any]) -> Iterator[Queue]:
+        count = _number(device, self.count)
+        handler = method() if self.native else method
+        for index in range(count):
+            yield Queue(name if count == 1 else f"{name}{index}", _number(device, self.size), handler)
+
+
+def _number(device: object, value: int | str) -> int:
+    return int(getattr(device, value)) if isinstance(value, str) else value
+
+
+def queue(size: int | str = 256, *, count: int | str = 1, native: bool = False) -> Callable[[Method], Method]:
+    """Make a method the handler of a virtqueue; the order of the methods gives the queue indexes.
+
+    The method runs once for each wake-up, on the device's I/O thread (on the vCPU thread while ioeventfd is off),
+    never twice at once for one queue. `size` is the largest ring the driver may set up, `count` makes several
+    queues with one handler; either may name an attribute. A `native` method does not serve the queue: it
+    returns the plane of the core that does.
+    """
+
+    def declare(method: Method) -> Method:
+        method._queue = _Declared(size, count, native)  # type: ignore[attr-defined]
+        return method
+
+    return declare
+
+
+class Device:
+    """A virtio device: what it is called, what it offers, and how it serves its queues.
+
+    Class arguments: `id` is the device type (virtio 1.3, 5), `config` the layout of its configuration space, a
+    packed `ctypes.LittleEndianStructure`. Override `activate` and `reset` to follow the driver.
+    """
+
+    id: ClassVar[int] = 0
+    pci_class: ClassVar[int] = 0x00FF00
+    """PCI class code: base class, subclass and programming interface."""
+    ioeventfd: ClassVar[bool] = False
+    """Default of the `ioeventfd` property: off, because some drivers notify and then spin until they are served."""
+    config_layout: ClassVar[type[LittleEndianStructure] | None] = None
+
+    name: str = "device"
+    """What messages call the device; set when it is plugged."""
+    device_features: int = 0
+    """The feature bits of the device type that are offered; the transport adds its own."""
+
+    def __init_subclass__(
+        cls, *, id: int | None = None, config: type[LittleEndianStructure] | None = None, **rest: Any
+    ) -> None:
+        super().__init_subclass__(**rest)
+        if id is not None:
+            cls.id = int(id)
+        if config is not None:
+            cls.config_layout = config
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        # Not in __init__: a subclass need not call it.
+        self = super().__new__(cls)
+        self.config: Any = cls.config_layout() if cls.config_layout else None
+        self.config_generation = 0
+        self.config_changed: Callable[[], object] = lambda: None
+        self._config_lock = Lock()
+        return self
+
+    @property
+    def queues(self) -> list[Queue]:
+        """The virtqueues, in the order in which the class and its bases declare them."""
+        declared: dict[str, _Declared] = {}
+        for cls in reversed(type(self).__mro__):
+            for name, method in vars(cls).items():
+                if hasattr(method, "_queue"):
+                    declared[name] = method._queue
+        return [q for name, d in declared.items() for q in d.of(self, name, getattr(self, name))]
+
+    @contextmanager
+    def update_config(self) -> Iterator[Any]:
+        """Change the configuration in one step; the driver sees all of it or nothing, and is told once."""
+        with self._config_lock:
+            config = type(self.config).from_buffer_copy(self.config)
+            yield config
+            self.config = config
+            self.config_generation = (self.config_generation + 1) % 256
+        self.config_changed()
+
+    def config_bytes(self) -> bytes:
+        """The configuration space as the driver reads it. Any thread; never blocks."""
+        return bytes(self.config) if self.config is not None else b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote `data` at `offset`; most devices have nothing that a driver may change."""
+
+    def activate(self, features: int) -> None:
+        """DRIVER_OK was set and `features` are agreed; the queues are served once this returns."""
+
+    def reset(self) -> None:
+        """The driver reset the device, or it was unplugged: no queue is served any more."""
+
+    def close(self) -> None:
+        """Release what the device holds of the host; called once, after the last `reset`."""
