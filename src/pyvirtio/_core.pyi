@@ -193,8 +193,8 @@ class IoThread:
 class BlkPlane:
     """Serves virtio-blk requests (virtio 1.3, 5.2.6): parses them, and does the I/O natively or through a backend.
 
-    `backend` is an fd of a raw file (duplicated; served without Python) or a `BlockBackend`. `capacity` in bytes. One plane may
-    serve any number of queues.
+    `backend` is an fd of a raw file (duplicated; served without Python) or a `BlockBackend`. `capacity` is in
+    bytes. One plane may serve any number of queues.
     """
 
     def __init__(

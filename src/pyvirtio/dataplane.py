@@ -82,9 +82,7 @@ class Dataplane:
         self.iothread = iothread
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
         self.queues = self._make_queues()
-        self.notifiers = HostNotifiers(
-            name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd
-        )
+        self.notifiers = HostNotifiers(name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd)
         device.config_changed = self.state.notify_config
         self._declared = device.queues
         self._active = False
@@ -97,7 +95,8 @@ class Dataplane:
         for q in queues:
             if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
                 raise ConfigError(
-                    f"{self.device.name}: {q.name} has size {q.size}, allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
+                    f"{self.device.name}: {q.name} has size {q.size}; "
+                    f"allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
                 )
         return [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(queues)]
 

@@ -12,7 +12,8 @@ from pyvirtio.spec import SECTOR
 class BlockBackend:
     """A disk. What a class defines is what the guest is offered; there are no flags to keep true.
 
-    Methods are named and ordered like `os.pread`; `length` and `offset` are bytes, multiples of 512 and inside the capacity:
+    Methods are named and ordered like `os.pread`; `length` and `offset` are bytes, multiples of 512 and inside
+    the capacity:
 
     - `pread(length, offset) -> bytes`, or `preadv(buffers, offset)` to fill the guest's own buffers;
     - `pwrite(data, offset)`, or `pwritev(buffers, offset)`; with neither, the disk is read-only;
@@ -76,9 +77,7 @@ class File(BlockBackend):
         try:
             fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
-                f"{self.path}: in use by another machine or drive (it holds the lock)"
-            ) from error
+            raise ConfigError(f"{self.path}: in use by another machine or drive (it holds the lock)") from error
         except OSError:
             pass  # a file system without locks
 
@@ -118,9 +117,7 @@ class Memory(BlockBackend):
 
     def __init__(self, capacity: int) -> None:
         if capacity < SECTOR or capacity % SECTOR:
-            raise ConfigError(
-                f"Memory: {capacity} bytes; a disk is whole sectors of {SECTOR} bytes, at least one"
-            )
+            raise ConfigError(f"Memory: {capacity} bytes; a disk is whole sectors of {SECTOR} bytes, at least one")
         self.capacity = capacity
         self.data = bytearray(capacity)
 

@@ -56,12 +56,8 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         num_queues: Annotated[int, "request queues", Range(1, MAX_QUEUES)] = 1,
         queue_size: Annotated[int, "entries of each ring, a power of two", Range(2, MAX_QUEUE_SIZE)] = 256,
         serial: Annotated[str, "serial number, up to 20 characters (GET_ID)"] = "",
-        logical_block_size: Annotated[
-            int | None, "bytes; the backend's unless given", Range(512, 65536)
-        ] = None,
-        physical_block_size: Annotated[
-            int | None, "bytes; the logical one unless given", Range(512, 1 << 21)
-        ] = None,
+        logical_block_size: Annotated[int | None, "bytes; the backend's unless given", Range(512, 65536)] = None,
+        physical_block_size: Annotated[int | None, "bytes; the logical one unless given", Range(512, 1 << 21)] = None,
         min_io_size: Annotated[int, "smallest efficient request, bytes; 0 = not said", Range(0, 1 << 24)] = 0,
         opt_io_size: Annotated[int, "best request size, bytes; 0 = not said", Range(0, 1 << 31)] = 0,
         write_cache: Annotated[bool, "start as a write-back cache; off flushes after each write"] = True,
@@ -159,13 +155,9 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
     def _check(self, serial: str, logical: int, physical: int, min_io: int, opt_io: int) -> None:
         """Limits that concern more than one property; the range of each has been checked."""
         if len(serial.encode()) > self.ID_BYTES:
-            raise ConfigError(
-                f"serial={serial}: {len(serial.encode())} bytes, at most {self.ID_BYTES} are allowed"
-            )
+            raise ConfigError(f"serial={serial}: {len(serial.encode())} bytes, at most {self.ID_BYTES} are allowed")
         if self.queue_size & (self.queue_size - 1):
-            raise ConfigError(
-                f"queue-size={self.queue_size}: allowed are powers of two up to {MAX_QUEUE_SIZE}"
-            )
+            raise ConfigError(f"queue-size={self.queue_size}: allowed are powers of two up to {MAX_QUEUE_SIZE}")
         for name, value in (("logical-block-size", logical), ("physical-block-size", physical)):
             if value & (value - 1):
                 raise ConfigError(f"{name}={value}: allowed are powers of two from 512")
@@ -177,6 +169,4 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
             )
         for name, value in (("min-io-size", min_io), ("opt-io-size", opt_io)):
             if value % logical or value // logical > 0xFFFF:
-                raise ConfigError(
-                    f"{name}={value}: allowed are multiples of {logical} up to {0xFFFF * logical}"
-                )
+                raise ConfigError(f"{name}={value}: allowed are multiples of {logical} up to {0xFFFF * logical}")
