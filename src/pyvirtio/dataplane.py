@@ -80,15 +80,15 @@ class Dataplane:
         device.name = name
         self.device = device
         self.iothread = iothread
+        self._declared = device.queues
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
         self.queues = self._make_queues()
         self.notifiers = HostNotifiers(name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd)
         device.config_changed = self.state.notify_config
-        self._declared = device.queues
         self._active = False
 
     def _make_queues(self) -> list[VirtQueue]:
-        queues = self.device.queues
+        queues = self._declared
         if not 1 <= len(queues) <= MAX_QUEUES:
             kind, count = type(self.device).__name__, len(queues)
             raise ConfigError(f"{self.device.name}: {kind} has {count} queues, allowed are 1 to {MAX_QUEUES}")

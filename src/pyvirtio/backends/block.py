@@ -20,6 +20,8 @@ class BlockBackend:
     - `flush()`: what was written is durable on return;
     - `discard(length, offset)`, `write_zeroes(length, offset)`.
 
+    A backend with a `fileno()` is a raw file: the core does its I/O without Python, and can do all of the above.
+
     `buffers` are memoryviews of guest memory, valid until the method returns. An `OSError` fails that request
     and nothing more. Methods run on the device's I/O thread.
     """
