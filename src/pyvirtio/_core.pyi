@@ -1,7 +1,9 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
-from collections.abc import Buffer, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol, final
+
+from typing_extensions import Buffer
 
 from pyvirtio.backends.block import BlockBackend
 

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pyvirtio import _core
 from pyvirtio._core import DeviceState, GuestMemory, VirtQueue
@@ -23,6 +23,8 @@ class IoThread:
     The thread is Python's, its loop the core's: it holds the interpreter only while a handler written in Python
     runs. After a kick it looks for more work for up to `poll_max_ns` before it sleeps (adaptive, off on one CPU).
     """
+
+    named_by: ClassVar[str] = "an --object iothread"
 
     def __init__(
         self,

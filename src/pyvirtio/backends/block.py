@@ -4,6 +4,7 @@ import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import ClassVar
 
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import SECTOR
@@ -26,6 +27,7 @@ class BlockBackend:
     and nothing more. Methods run on the device's I/O thread.
     """
 
+    named_by: ClassVar[str] = "a --drive"
     capacity: int
     """Size in bytes, a multiple of 512."""
     block_size: int = SECTOR

@@ -1,0 +1,1 @@
+"""The `pyvirtio` command: one file for each sub-command."""
