@@ -1,0 +1,192 @@
+"""All checks of the project, fast ones first: each prints its name and time, and one line at the end counts all.
+
+`fast` leaves out what boots guests or explores schedules; every other argument goes to pytest, which then is all
+that runs. With CI=true a skipped test is a failure, unless it needs a `/dev/kvm` and there is none to be had.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyvirtio.accel.host import linux_capable
+
+ROOT = Path(__file__).resolve().parent.parent
+HANG_GUARD = 900  # seconds that no step takes
+CI = os.environ.get("CI", "") == "true"
+COUNTS = re.compile(r"\b(\d+) (passed|failed|errors?|skipped|ignored)\b")
+SUMMARY = re.compile(r"^=* ?\d+ \w+.* in [\d.]+s|^test result:|^ *Summary \[|^no tests ran", re.MULTILINE)
+SKIP = re.compile(r"^SKIPPED \[(\d+)\] \S+: (.*)$", re.MULTILINE)
+
+
+@dataclass
+class Outcome:
+    """What one step counted. A step that counts nothing counts as one check."""
+
+    name: str
+    seconds: float = 0.0
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = {"passed": self.passed, "failed": self.failed, "skipped": self.skipped}
+        shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"{self.name:<34} {self.seconds:6.1f} s  {shown or 'nothing to do'}"
+
+
+@dataclass
+class Step:
+    """A command, or the reason why it cannot run here."""
+
+    name: str
+    command: Sequence[str] = ()
+    missing: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Outcome:
+        print(f"== {self.name}", flush=True)
+        outcome = Outcome(self.name)
+        if self.missing is not None:
+            outcome.skipped, outcome.reasons = 1, [self.missing]
+        else:
+            start = time.monotonic()
+            status, text = stream(self.command, {**os.environ, **self.environment})
+            outcome.seconds = time.monotonic() - start
+            count(outcome, status, text)
+        print(f"== {outcome}\n", flush=True)
+        return outcome
+
+
+def stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command, show its output as it comes, and return its exit status and its output."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    previous = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+    signal.alarm(HANG_GUARD)
+    kept = []
+    try:
+        while piece := os.read(process.stdout.fileno(), 65536):
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+            kept.append(piece)
+        return process.wait(), b"".join(kept).decode(errors="replace")
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        raise
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def count(outcome: Outcome, status: int, text: str) -> None:
+    """Read the counts from the summary lines of pytest, cargo test or nextest."""
+    for summary in SUMMARY.finditer(text):
+        line = text[summary.start() :].partition("\n")[0]
+        for number, what in COUNTS.findall(line):
+            if what == "passed":
+                outcome.passed += int(number)
+            elif what in ("skipped", "ignored"):
+                outcome.skipped += int(number)
+            else:
+                outcome.failed += int(number)
+    outcome.reasons = [reason for number, reason in SKIP.findall(text) for _ in range(int(number))]
+    if status != 0:
+        outcome.failed = max(outcome.failed, 1)
+    elif not outcome.passed and not outcome.skipped:
+        outcome.passed = 1
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return python("pytest", "-rs", "--color=no", *arguments)
+
+
+def cargo(name: str, *arguments: str, component: str = "") -> Step:
+    """A step of cargo's, skipped if its component is not installed."""
+    tool = f"cargo-{component}"
+    missing = f"{tool} is not installed" if component and not shutil.which(tool) else None
+    return Step(name, ["cargo", *arguments], missing)
+
+
+def rust_tests() -> Step:
+    if shutil.which("cargo-nextest"):
+        return cargo("Rust tests", "nextest", "run", "--locked", "--no-fail-fast")
+    return cargo("Rust tests", "test", "--locked", "--no-fail-fast")
+
+
+def linux_tests() -> Step:
+    """Tier D: on this host's KVM if Linux runs in it, else in the lab, all in one start."""
+    command = pytest("tests/vm/linux")
+    if linux_capable() is not None:
+        command = [*python("pyvirtio"), "lab", "--", *command]
+    return Step("tier D: Linux guests", command)
+
+
+def steps(only_fast: bool) -> list[Callable[[], Step]]:
+    fast: list[Callable[[], Step]] = [
+        lambda: Step("ruff check", python("ruff", "check")),
+        lambda: Step("ruff format", python("ruff", "format", "--check")),
+        lambda: cargo("cargo fmt", "fmt", "--check", component="fmt"),
+        lambda: Step("mypy", python("mypy")),
+        lambda: Step("stubtest", python("mypy.stubtest", "pyvirtio._core")),
+        lambda: cargo("clippy", "clippy", "--locked", "--all-targets", "--", "-D", "warnings", component="clippy"),
+        rust_tests,
+        lambda: Step("tier A: in process", pytest("tests", "--ignore=tests/kvm", "--ignore=tests/vm")),
+        lambda: Step("tier B: freestanding guests", pytest("tests/kvm")),
+    ]
+    slow: list[Callable[[], Step]] = [
+        lambda: Step("loom: notification protocol", ["rust/core/loom.sh"]),
+        lambda: Step("tier C: firmware", pytest("tests/vm", "--ignore=tests/vm/linux")),
+        linux_tests,
+    ]
+    return fast if only_fast else fast + slow
+
+
+def excused(reason: str) -> bool:
+    """A skip that CI accepts: nothing that can be installed would help."""
+    return "no /dev/kvm" in reason and not Path("/dev/kvm").exists()
+
+
+def conclude(outcomes: list[Outcome]) -> int:
+    print("== summary")
+    for outcome in outcomes:
+        print(outcome)
+        for reason in sorted(set(outcome.reasons)):
+            print(f"    skipped {outcome.reasons.count(reason)}: {reason}")
+    unexcused = sum(o.skipped - sum(map(excused, o.reasons)) for o in outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    if CI and unexcused:
+        print(f"CI=true: {unexcused} skipped tests count as failed")
+        failed += unexcused
+    passed, skipped = sum(o.passed for o in outcomes), sum(o.skipped for o in outcomes)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+def main(arguments: list[str]) -> int:
+    only_fast = arguments == ["fast"]
+    if arguments and not only_fast:
+        return subprocess.run(python("pytest", *arguments), cwd=ROOT, check=False).returncode
+    return conclude([make().run() for make in steps(only_fast)])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
