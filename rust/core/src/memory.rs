@@ -1,0 +1,195 @@
+//! Guest RAM: files mapped shared, and accesses that are checked against them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+use std::sync::Arc;
+
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileSlice,
+};
+
+use crate::GuestError;
+
+/// One region as its owner described it, and where this process mapped it.
+#[derive(Debug, Clone, Copy)]
+pub struct Region {
+    pub address: u64,
+    pub size: u64,
+    pub fd: RawFd,
+    pub offset: u64,
+    pub host: *mut u8,
+}
+
+/// Regions of guest RAM. Immutable; a clone is another reference, and the mapping lives as long as one.
+#[derive(Clone)]
+pub struct GuestMemory(Arc<Vec<GuestRegionMmap>>);
+
+impl GuestMemory {
+    /// Map `(guest address, size, fd, file offset)`; the fds are duplicated.
+    pub fn new(regions: &[(u64, u64, RawFd, u64)]) -> io::Result<Self> {
+        let mut mapped = regions
+            .iter()
+            .map(|&(address, size, fd, offset)| map(address, size, duplicate(fd)?, offset))
+            .collect::<io::Result<Vec<_>>>()?;
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
+        if let Some(pair) = mapped.windows(2).find(|pair| pair[0].last_addr() >= pair[1].start_addr()) {
+            let (low, high) = (pair[0].start_addr().0, pair[1].start_addr().0);
+            return Err(invalid(format!("memory regions at {low:#x} and {high:#x} overlap")));
+        }
+        Ok(Self(Arc::new(mapped)))
+    }
+
+    /// Fresh zeroed RAM, all of it in one memfd, at each `(guest address, size)`.
+    pub fn allocate(ranges: &[(u64, u64)]) -> io::Result<Self> {
+        let total = ranges
+            .iter()
+            .try_fold(0u64, |sum, &(_, size)| sum.checked_add(size))
+            .ok_or_else(|| invalid("the sizes of the memory ranges pass 2^64".into()))?;
+        // SAFETY: the name is a C string and the result is checked.
+        let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` is ours and nobody else closes it.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(total)?;
+        let mut offset = 0;
+        let mut regions = Vec::with_capacity(ranges.len());
+        for &(address, size) in ranges {
+            regions.push((address, size, fd, offset));
+            offset += size;
+        }
+        Self::new(&regions)
+    }
+
+    /// The regions, by rising guest address.
+    pub fn regions(&self) -> impl Iterator<Item = Region> + '_ {
+        self.0.iter().map(|region| {
+            let file = region.file_offset();
+            Region {
+                address: region.start_addr().raw_value(),
+                size: region.len(),
+                fd: file.map_or(-1, |file| file.file().as_raw_fd()),
+                offset: file.map_or(0, FileOffset::start),
+                host: region.as_ptr(),
+            }
+        })
+    }
+
+    /// Where `address` is mapped, and how many bytes of its region follow.
+    fn locate(&self, address: u64) -> Option<(*mut u8, u64)> {
+        let after = self.0.partition_point(|region| region.start_addr().0 <= address);
+        let region = self.0.get(after.checked_sub(1)?)?;
+        let offset = address - region.start_addr().0;
+        let left = region.len().checked_sub(offset).filter(|&left| left > 0)?;
+        // SAFETY: `offset` is less than the length of the mapping.
+        Some((unsafe { region.as_ptr().add(offset as usize) }, left))
+    }
+
+    /// Call `each` with the host memory behind a range of guest memory, one piece per region it lies in.
+    ///
+    /// The pieces stay mapped as long as a clone of this object lives; the guest may change them at any time.
+    #[inline]
+    pub fn pieces(&self, address: u64, length: u64, mut each: impl FnMut(*mut u8, usize)) -> Result<(), GuestError> {
+        let (mut at, mut left) = (address, length);
+        while left > 0 {
+            let (host, here) = self.locate(at).ok_or_else(|| outside(address, length))?;
+            let n = left.min(here);
+            each(host, n as usize);
+            left -= n;
+            at = match at.checked_add(n) {
+                Some(next) => next,
+                None if left == 0 => break,
+                None => return Err(outside(address, length)),
+            };
+        }
+        Ok(())
+    }
+
+    /// The host address of a range that must lie in one region.
+    pub fn host(&self, address: u64, length: u64) -> Result<*mut u8, GuestError> {
+        match self.locate(address) {
+            Some((host, left)) if left >= length => Ok(host),
+            _ => Err(outside(address, length)),
+        }
+    }
+
+    pub fn read(&self, address: u64, out: &mut [u8]) -> Result<(), GuestError> {
+        let mut done = 0;
+        self.check(address, out.len() as u64)?;
+        self.pieces(address, out.len() as u64, |host, n| {
+            // SAFETY: `pieces` gives mapped memory, and `self` keeps it mapped.
+            unsafe { VolatileSlice::new(host, n) }.copy_to(&mut out[done..done + n]);
+            done += n;
+        })
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) -> Result<(), GuestError> {
+        let mut done = 0;
+        self.check(address, data.len() as u64)?;
+        self.pieces(address, data.len() as u64, |host, n| {
+            // SAFETY: `pieces` gives mapped memory, and `self` keeps it mapped.
+            unsafe { VolatileSlice::new(host, n) }.copy_from(&data[done..done + n]);
+            done += n;
+        })
+    }
+
+    /// Whether all of a range is RAM; an empty one is.
+    pub fn check(&self, address: u64, length: u64) -> Result<(), GuestError> {
+        self.pieces(address, length, |_, _| ())
+    }
+
+    pub fn atomic16(&self, address: u64) -> Result<&AtomicU16, GuestError> {
+        // SAFETY: mapped, aligned, and only accessed atomically by this process.
+        self.aligned::<u16>(address).map(|cell| unsafe { AtomicU16::from_ptr(cell) })
+    }
+
+    pub fn atomic32(&self, address: u64) -> Result<&AtomicU32, GuestError> {
+        // SAFETY: as in `atomic16`.
+        self.aligned::<u32>(address).map(|cell| unsafe { AtomicU32::from_ptr(cell) })
+    }
+
+    pub fn atomic64(&self, address: u64) -> Result<&AtomicU64, GuestError> {
+        // SAFETY: as in `atomic16`.
+        self.aligned::<u64>(address).map(|cell| unsafe { AtomicU64::from_ptr(cell) })
+    }
+
+    fn aligned<T>(&self, address: u64) -> Result<*mut T, GuestError> {
+        let host = self.host(address, size_of::<T>() as u64)?.cast::<T>();
+        if host.is_aligned() {
+            Ok(host)
+        } else {
+            Err(GuestError(format!("address {address:#x} is not a multiple of {}", size_of::<T>())))
+        }
+    }
+}
+
+fn map(address: u64, size: u64, file: File, offset: u64) -> io::Result<GuestRegionMmap> {
+    let region = format!("memory region of {size:#x} bytes at {address:#x}");
+    let length = usize::try_from(size).map_err(|_| invalid(format!("{region} does not fit this process")))?;
+    let mapping = MmapRegion::from_file(FileOffset::new(file, offset), length).map_err(|error| match error {
+        vm_memory::mmap::MmapRegionError::Mmap(error) => error,
+        other => invalid(format!("{region}: {other}")),
+    })?;
+    GuestRegionMmap::new(mapping, GuestAddress(address))
+        .ok_or_else(|| invalid(format!("{region} passes the end of the address space")))
+}
+
+fn duplicate(fd: RawFd) -> io::Result<File> {
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: borrowed for this call only; the kernel refuses an fd that is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    borrowed.try_clone_to_owned().map(File::from)
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
+}
+
+fn outside(address: u64, length: u64) -> GuestError {
+    GuestError(format!("{length} bytes at {address:#x} are not guest memory"))
+}

@@ -1,0 +1,426 @@
+//! A virtqueue: takes chains from a ring, hands them to a handler and gives them back (virtio 1.3, 2.6).
+
+pub mod notify;
+mod split;
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use self::notify::{Doorbell, Drained, Pass, Serve};
+use self::split::SplitRing;
+use crate::chain::Chain;
+use crate::counters::Counters;
+use crate::device_state::DeviceState;
+use crate::interrupt::Interrupt;
+use crate::memory::GuestMemory;
+use crate::sync::EventFd;
+use crate::GuestError;
+
+/// Chains one service takes at most before it lets others have the thread.
+const BUDGET: u32 = 256;
+
+/// Serves a queue. Never runs twice at once for one queue.
+pub trait Handler: Send + Sync {
+    /// Pop what you want and complete it, now or later. Taking nothing ends the service.
+    fn handle(&self, vq: &Arc<VirtQueue>);
+}
+
+/// Where a ring lies and what the driver negotiated for it.
+#[derive(Debug, Clone, Default)]
+pub struct RingConfig {
+    pub size: u16,
+    pub desc: u64,
+    pub avail: u64,
+    pub used: u64,
+    pub event_idx: bool,
+    pub indirect: bool,
+    pub notify_on_empty: bool,
+    pub next_avail: u16,
+    pub next_used: u16,
+}
+
+/// The layouts of a ring; the packed one is to join here.
+enum Ring {
+    Split(SplitRing),
+}
+
+/// What a queue has while it is started.
+struct Active {
+    ring: Ring,
+    handler: Arc<dyn Handler>,
+    in_flight: u16,
+    /// Chains that may still be taken in this service, and those taken in this pass.
+    budget: u32,
+    taken: u32,
+}
+
+pub struct VirtQueue {
+    state: Arc<DeviceState>,
+    name: String,
+    index: u16,
+    max_size: u16,
+    doorbell: Doorbell,
+    active: Mutex<Option<Active>>,
+    /// Counts the stops; a chain of an earlier run is stale. Changes only with the state's epoch held exclusively.
+    run: AtomicU64,
+    /// The thread that serves, by the address of a thread-local.
+    server: AtomicUsize,
+    interrupt: RwLock<Option<Interrupt>>,
+    pub counters: Counters,
+}
+
+thread_local! {
+    static HERE: u8 = const { 0 };
+}
+
+fn this_thread() -> usize {
+    HERE.with(|here| std::ptr::from_ref(here) as usize)
+}
+
+/// Placeholder until the doorbell's service calls back with the queue.
+struct Served<'a>(&'a Arc<VirtQueue>);
+
+impl VirtQueue {
+    pub fn new(state: Arc<DeviceState>, name: String, index: u16, max_size: u16) -> std::io::Result<Self> {
+        Ok(Self {
+            state,
+            name,
+            index,
+            max_size,
+            doorbell: Doorbell::new(EventFd::new()?),
+            active: Mutex::new(None),
+            run: AtomicU64::new(0),
+            server: AtomicUsize::new(0),
+            interrupt: RwLock::new(None),
+            counters: Counters::default(),
+        })
+    }
+
+    pub fn state(&self) -> &Arc<DeviceState> {
+        &self.state
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    pub fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    /// Entries of the ring, 0 while the queue is not started.
+    pub fn size(&self) -> u16 {
+        self.active().as_ref().map_or(0, |active| active.ring.size())
+    }
+
+    pub fn in_flight(&self) -> u16 {
+        self.active().as_ref().map_or(0, |active| active.in_flight)
+    }
+
+    pub(crate) fn run(&self) -> u64 {
+        self.run.load(Ordering::Relaxed)
+    }
+
+    fn active(&self) -> MutexGuard<'_, Option<Active>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set_interrupt(&self, interrupt: Option<Interrupt>) {
+        *self.interrupt.write().unwrap_or_else(PoisonError::into_inner) = interrupt;
+    }
+
+    /// Take a ring into use. Nothing is served yet: attach, or call `service`.
+    pub fn start(&self, memory: GuestMemory, config: &RingConfig, handler: Arc<dyn Handler>) -> Result<(), GuestError> {
+        let named = |error| GuestError(format!("{}: {error}", self.name));
+        let size = config.size;
+        if !size.is_power_of_two() || size > self.max_size {
+            return Err(named(GuestError(format!("{size} entries (a power of two up to {})", self.max_size))));
+        }
+        let ring = SplitRing::new(memory, config).map_err(named)?;
+        let mut active = self.active();
+        if active.is_some() {
+            return Err(named(GuestError("the queue is started already".into())));
+        }
+        *active = Some(Active { ring: Ring::Split(ring), handler, in_flight: 0, budget: BUDGET, taken: 0 });
+        Ok(())
+    }
+
+    /// Wait for a running handler, forget the ring and return its next avail and used indexes.
+    ///
+    /// Called by the handler itself it does not wait, and the service ends when the handler returns.
+    pub fn stop(&self) -> (u16, u16) {
+        let inside = self.is_server();
+        if !inside {
+            self.doorbell.entry.wait_and_enter();
+        }
+        let active = {
+            let _no_copy_runs = self.state.exclusive();
+            self.run.fetch_add(1, Ordering::Relaxed);
+            self.active().take()
+        };
+        if !inside {
+            self.doorbell.entry.exit();
+        }
+        active.map_or((0, 0), |active| active.ring.position())
+    }
+
+    fn is_server(&self) -> bool {
+        self.server.load(Ordering::Relaxed) == this_thread()
+    }
+
+    /// Take the next chain, if there is one. A malformed one breaks the device.
+    pub fn pop(self: &Arc<Self>) -> Option<Chain> {
+        match self.try_pop() {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.fail(&error);
+                None
+            }
+        }
+    }
+
+    fn try_pop(self: &Arc<Self>) -> Result<Option<Chain>, GuestError> {
+        let inside = self.is_server();
+        if self.state.is_broken() {
+            return Ok(None);
+        }
+        let epoch = *self.state.epoch();
+        let mut active = self.active();
+        let Some(active) = active.as_mut() else {
+            return Ok(None);
+        };
+        if inside && (active.budget == 0 || self.doorbell.entry.is_awaited()) {
+            return Ok(None);
+        }
+        let Some((head, segments)) = active.take(inside)? else {
+            return Ok(None);
+        };
+        self.counters.chains.add(1);
+        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), head, segments, epoch, self.run())))
+    }
+
+    fn fail(&self, error: &GuestError) {
+        self.state.fail(&format!("{}: {error}", self.name));
+    }
+
+    pub(crate) fn dropped(&self) {
+        self.state.fail(&format!("{}: a chain was dropped without complete()", self.name));
+    }
+
+    /// Write a used entry. The caller holds the state's epoch.
+    pub(crate) fn put(&self, head: u16, length: u32) {
+        if let Some(active) = self.active().as_mut() {
+            active.in_flight = active.in_flight.saturating_sub(1);
+            if !self.state.is_broken() {
+                active.ring.put(head, length);
+            }
+        }
+    }
+
+    /// Publish at once, unless the service is about to.
+    pub(crate) fn publish_late(&self) {
+        if !self.is_server() {
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
+        let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
+        match decision {
+            None => (),
+            Some(false) => self.counters.suppressed.add(1),
+            Some(true) => {
+                self.counters.interrupts.add(1);
+                if let Some(interrupt) = &*self.interrupt.read().unwrap_or_else(PoisonError::into_inner) {
+                    interrupt.signal();
+                }
+            }
+        }
+    }
+
+    /// Serve what is available, on this thread; true if the budget was used up and the eventfd signalled for the rest.
+    pub fn service(self: &Arc<Self>) -> bool {
+        self.doorbell.service(&Served(self))
+    }
+
+    /// A notify that reached userspace: serve it here, or signal the eventfd while that is attached.
+    pub fn notify(self: &Arc<Self>) {
+        self.counters.notifies.add(1);
+        self.doorbell.notify(&Served(self));
+    }
+
+    pub fn attached(&self) -> bool {
+        self.doorbell.attached()
+    }
+
+    /// From here on the eventfd carries the kicks; leaves it signalled.
+    pub fn attach(&self) {
+        self.doorbell.attach();
+    }
+
+    /// From here on `notify` serves; serves a kick that is still in the eventfd.
+    pub fn detach(self: &Arc<Self>) {
+        self.doorbell.detach(&Served(self));
+    }
+
+    /// Signal the eventfd as a kick does.
+    pub fn signal(&self) {
+        self.doorbell.kick.signal();
+    }
+
+    pub fn kick_fd(&self) -> RawFd {
+        self.doorbell.kick.as_raw_fd()
+    }
+
+    /// Clear the eventfd for the I/O thread; false if it was not signalled.
+    pub fn take_kick(&self) -> bool {
+        let kicks = self.doorbell.kick.take();
+        self.counters.kicks.add(kicks);
+        self.counters.wakeups.add(u64::from(kicks > 0));
+        kicks > 0
+    }
+
+    /// What the I/O thread does when the eventfd is readable.
+    pub fn on_kick(self: &Arc<Self>) {
+        if self.take_kick() {
+            self.service();
+        }
+    }
+
+    /// Serve without asking for kicks again; false if the budget was used up. The caller must go on to `rearm`, or
+    /// drain again, whatever happens in between: an I/O thread may spin on `has_work` there.
+    pub fn drain(self: &Arc<Self>) -> bool {
+        self.doorbell.drain(&Served(self)) != Drained::Spent
+    }
+
+    /// Whether the driver added something since the handler last looked. Leaves kicks suppressed.
+    pub fn has_work(&self) -> bool {
+        !self.state.is_broken() && self.active().as_ref().is_some_and(|active| active.ring.has_news())
+    }
+
+    /// Ask for kicks again; true if something came meanwhile, which then is the caller's to drain.
+    pub fn rearm(&self) -> bool {
+        !self.state.is_broken() && self.active().as_mut().is_some_and(|active| active.ring.rearm())
+    }
+}
+
+impl Active {
+    fn take(&mut self, inside: bool) -> Result<Option<(u16, crate::chain::Segments)>, GuestError> {
+        let taken = self.ring.take(inside)?;
+        if taken.is_some() {
+            if self.in_flight == self.ring.size() {
+                return Err(GuestError(format!("more chains in flight than the queue has entries ({})", self.ring.size())));
+            }
+            self.in_flight += 1;
+            if inside {
+                self.budget -= 1;
+                self.taken += 1;
+            }
+        }
+        Ok(taken)
+    }
+}
+
+impl Ring {
+    fn size(&self) -> u16 {
+        let Self::Split(ring) = self;
+        ring.size()
+    }
+    fn memory(&self) -> &GuestMemory {
+        let Self::Split(ring) = self;
+        ring.memory()
+    }
+    fn position(&self) -> (u16, u16) {
+        let Self::Split(ring) = self;
+        ring.position()
+    }
+    fn take(&mut self, inside: bool) -> Result<Option<(u16, crate::chain::Segments)>, GuestError> {
+        let Self::Split(ring) = self;
+        ring.take(inside)
+    }
+    fn put(&mut self, head: u16, length: u32) {
+        let Self::Split(ring) = self;
+        ring.put(head, length);
+    }
+    fn publish(&mut self, idle: bool) -> Option<bool> {
+        let Self::Split(ring) = self;
+        ring.publish(idle)
+    }
+    fn suppress(&mut self) {
+        let Self::Split(ring) = self;
+        ring.suppress();
+    }
+    fn rearm(&mut self) -> bool {
+        let Self::Split(ring) = self;
+        ring.rearm()
+    }
+    fn has_news(&self) -> bool {
+        let Self::Split(ring) = self;
+        ring.has_news()
+    }
+    fn look(&mut self) -> Result<bool, GuestError> {
+        let Self::Split(ring) = self;
+        ring.look()
+    }
+}
+
+impl Serve for Served<'_> {
+    fn begin(&self) {
+        self.0.server.store(this_thread(), Ordering::Relaxed);
+        if let Some(active) = self.0.active().as_mut() {
+            active.budget = BUDGET;
+            active.ring.suppress();
+        }
+    }
+
+    fn pass(&self) -> Pass {
+        let pass = self.0.pass();
+        if pass != Pass::Took {
+            // Before the entry is left: afterwards another thread may be the server.
+            self.0.server.store(0, Ordering::Relaxed);
+        }
+        pass
+    }
+
+    fn rearm(&self) -> bool {
+        self.0.rearm()
+    }
+}
+
+impl VirtQueue {
+    fn pass(self: &Arc<Self>) -> Pass {
+        let handler = match self.work() {
+            Ok(Some(handler)) => handler,
+            Ok(None) => return Pass::Idle,
+            Err(error) => {
+                self.fail(&error);
+                return Pass::Idle;
+            }
+        };
+        handler.handle(self);
+        self.publish();
+        match self.active().as_ref() {
+            Some(active) if active.taken > 0 && active.budget == 0 => Pass::Spent,
+            Some(active) if active.taken > 0 => Pass::Took,
+            _ => Pass::Idle,
+        }
+    }
+
+    /// The handler, if there is work for it.
+    fn work(&self) -> Result<Option<Arc<dyn Handler>>, GuestError> {
+        let mut active = self.active();
+        let Some(active) = active.as_mut() else {
+            return Ok(None);
+        };
+        if self.state.is_broken() || self.doorbell.entry.is_awaited() || !active.ring.look()? {
+            return Ok(None);
+        }
+        active.taken = 0;
+        Ok(Some(active.handler.clone()))
+    }
+}

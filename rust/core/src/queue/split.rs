@@ -1,0 +1,282 @@
+//! The split ring (virtio 1.3, 2.7): descriptors read once and checked, used entries written.
+
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use super::notify::{Cells, Indexes, Jump};
+use super::RingConfig;
+use crate::chain::Segments;
+use crate::memory::GuestMemory;
+use crate::GuestError;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const DESC_SIZE: u64 = 16;
+
+/// The three areas of a ring. The pointers stay valid because `memory` keeps the mapping.
+struct Areas {
+    memory: GuestMemory,
+    desc: *const AtomicU64,
+    avail: *const AtomicU16,
+    used: *const AtomicU32,
+    size: u16,
+}
+
+// SAFETY: the pointers lead to shared memory that is only accessed atomically.
+unsafe impl Send for Areas {}
+// SAFETY: as above.
+unsafe impl Sync for Areas {}
+
+impl Areas {
+    /// The avail ring in 16-bit words: flags, idx, ring[size], used_event.
+    fn avail(&self, word: usize) -> &AtomicU16 {
+        debug_assert!(word < 3 + usize::from(self.size));
+        // SAFETY: `new` checked size + 3 words; callers mask ring entries by the size.
+        unsafe { &*self.avail.add(word) }
+    }
+
+    /// The used ring in 16-bit words: flags, idx.
+    fn used16(&self, word: usize) -> &AtomicU16 {
+        // SAFETY: `new` checked the whole used ring; `word` is 0, 1 or the avail event behind the ring.
+        unsafe { &*self.used.cast::<AtomicU16>().add(word) }
+    }
+
+    fn entry(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
+    }
+}
+
+impl Cells for Areas {
+    fn avail_idx(&self) -> u16 {
+        u16::from_le(self.avail(1).load(Ordering::Acquire))
+    }
+
+    fn avail_flags(&self) -> u16 {
+        u16::from_le(self.avail(0).load(Ordering::Relaxed))
+    }
+
+    fn used_event(&self) -> u16 {
+        u16::from_le(self.avail(2 + usize::from(self.size)).load(Ordering::Relaxed))
+    }
+
+    fn set_avail_event(&self, index: u16) {
+        self.used16(2 + 4 * usize::from(self.size)).store(index.to_le(), Ordering::Relaxed);
+    }
+
+    fn set_used_flags(&self, flags: u16) {
+        self.used16(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    fn set_used_idx(&self, index: u16) {
+        self.used16(1).store(index.to_le(), Ordering::Release);
+    }
+}
+
+/// One descriptor, as it was when it was read.
+struct Desc {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Desc {
+    fn new(address: u64, rest: u64) -> Self {
+        Self { address, length: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
+    }
+}
+
+pub struct SplitRing {
+    indexes: Indexes<Areas>,
+    indirect: bool,
+}
+
+impl SplitRing {
+    pub fn new(memory: GuestMemory, config: &RingConfig) -> Result<Self, GuestError> {
+        let size = config.size;
+        let bytes = u64::from(size);
+        let (desc, avail, used) =
+            ((config.desc, bytes * DESC_SIZE), (config.avail, 6 + 2 * bytes), (config.used, 6 + 8 * bytes));
+        check_areas([("descriptor table", desc, 16), ("avail ring", avail, 2), ("used ring", used, 4)])?;
+        let areas = Areas {
+            desc: memory.host(desc.0, desc.1)?.cast(),
+            avail: memory.host(avail.0, avail.1)?.cast(),
+            used: memory.host(used.0, used.1)?.cast(),
+            memory,
+            size,
+        };
+        if !areas.desc.is_aligned() || !areas.avail.is_aligned() || !areas.used.is_aligned() {
+            return Err(GuestError("the ring lies in memory that is mapped unaligned".into()));
+        }
+        let indexes = Indexes::new(
+            areas,
+            size,
+            config.event_idx,
+            config.notify_on_empty,
+            config.next_avail,
+            config.next_used,
+        );
+        Ok(Self { indexes, indirect: config.indirect })
+    }
+
+    pub fn size(&self) -> u16 {
+        self.indexes.size
+    }
+
+    pub fn memory(&self) -> &GuestMemory {
+        &self.indexes.cells.memory
+    }
+
+    /// The next avail and used indexes.
+    pub fn position(&self) -> (u16, u16) {
+        (self.indexes.next_avail, self.indexes.next_used)
+    }
+
+    pub fn suppress(&mut self) {
+        self.indexes.suppress();
+    }
+
+    pub fn rearm(&mut self) -> bool {
+        self.indexes.rearm()
+    }
+
+    pub fn has_news(&self) -> bool {
+        self.indexes.has_news()
+    }
+
+    pub fn look(&mut self) -> Result<bool, GuestError> {
+        self.indexes.look().map_err(|jump| self.jumped(jump))
+    }
+
+    pub fn publish(&mut self, idle: bool) -> Option<bool> {
+        self.indexes.publish(idle)
+    }
+
+    fn jumped(&self, Jump(ahead): Jump) -> GuestError {
+        GuestError(format!("the avail index is {ahead} entries ahead (the queue has {})", self.size()))
+    }
+
+    /// Take the next chain: its head and its checked segments.
+    pub fn take(&mut self, inside: bool) -> Result<Option<(u16, Segments)>, GuestError> {
+        let Some(index) = self.indexes.take(inside).map_err(|jump| self.jumped(jump))? else {
+            return Ok(None);
+        };
+        let areas = &self.indexes.cells;
+        let head = u16::from_le(areas.avail(2 + areas.entry(index)).load(Ordering::Relaxed));
+        if head >= areas.size {
+            return Err(GuestError(format!("head {head} is past the descriptor table ({} entries)", areas.size)));
+        }
+        self.walk(head).map(|segments| Some((head, segments))).map_err(|error| GuestError(format!("head {head}: {error}")))
+    }
+
+    fn walk(&self, head: u16) -> Result<Segments, GuestError> {
+        let mut segments = Segments::default();
+        let mut index = head;
+        for _ in 0..self.size() {
+            let desc = self.desc(index)?;
+            if desc.flags & INDIRECT != 0 {
+                self.walk_table(&desc, index, &mut segments)?;
+                return Ok(segments);
+            }
+            self.push(&mut segments, &desc, index)?;
+            if desc.flags & NEXT == 0 {
+                return Ok(segments);
+            }
+            index = desc.next;
+        }
+        Err(GuestError(format!("the chain is longer than the queue ({} entries)", self.size())))
+    }
+
+    /// An entry of the descriptor table: two 64-bit loads, each a consistent snapshot.
+    fn desc(&self, index: u16) -> Result<Desc, GuestError> {
+        if index >= self.size() {
+            return Err(GuestError(format!("next {index} is past the descriptor table ({} entries)", self.size())));
+        }
+        // SAFETY: `new` checked `size` descriptors of two words.
+        let words = unsafe { [&*self.indexes.cells.desc.add(2 * usize::from(index)), &*self.indexes.cells.desc.add(2 * usize::from(index) + 1)] };
+        let [address, rest] = words.map(|word| u64::from_le(word.load(Ordering::Relaxed)));
+        Ok(Desc::new(address, rest))
+    }
+
+    fn push(&self, segments: &mut Segments, desc: &Desc, index: u16) -> Result<(), GuestError> {
+        segments
+            .push(self.memory(), desc.address, desc.length, desc.flags & WRITE != 0)
+            .map_err(|error| GuestError(format!("descriptor {index}: {error}")))
+    }
+
+    fn walk_table(&self, table: &Desc, at: u16, segments: &mut Segments) -> Result<(), GuestError> {
+        let entries = self.table_entries(table).map_err(|error| GuestError(format!("descriptor {at}: {error}")))?;
+        let mut index = 0;
+        for _ in 0..entries {
+            let desc = self.table_desc(table.address, index, entries)?;
+            if desc.flags & INDIRECT != 0 {
+                return Err(GuestError(format!("indirect descriptor {index}: a table inside a table")));
+            }
+            self.push(segments, &desc, index)?;
+            if desc.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = desc.next;
+        }
+        Err(GuestError(format!("the indirect chain is longer than its table ({entries} entries)")))
+    }
+
+    fn table_entries(&self, table: &Desc) -> Result<u16, GuestError> {
+        let Desc { length, flags, .. } = *table;
+        if !self.indirect {
+            return Err(GuestError("an indirect table without VIRTIO_F_INDIRECT_DESC".into()));
+        }
+        if flags & NEXT != 0 {
+            return Err(GuestError("an indirect table with a next descriptor".into()));
+        }
+        if length == 0 || u64::from(length) % DESC_SIZE != 0 {
+            return Err(GuestError(format!("an indirect table of {length} bytes (a multiple of 16)")));
+        }
+        let entries = u64::from(length) / DESC_SIZE;
+        if entries > u64::from(self.size()) {
+            return Err(GuestError(format!("an indirect table of {entries} entries (at most {})", self.size())));
+        }
+        self.memory().check(table.address, u64::from(length))?;
+        Ok(entries as u16)
+    }
+
+    fn table_desc(&self, table: u64, index: u16, entries: u16) -> Result<Desc, GuestError> {
+        if index >= entries {
+            return Err(GuestError(format!("indirect next {index} is past its table ({entries} entries)")));
+        }
+        let mut bytes = [0u8; DESC_SIZE as usize];
+        self.memory().read(table + u64::from(index) * DESC_SIZE, &mut bytes)?;
+        let both = u128::from_le_bytes(bytes);
+        Ok(Desc::new(both as u64, (both >> 64) as u64))
+    }
+
+    /// Write a used entry; `publish` makes it known.
+    pub fn put(&mut self, head: u16, length: u32) {
+        let entry = 1 + 2 * self.indexes.cells.entry(self.indexes.next_used);
+        // SAFETY: `new` checked one word and `size` entries of two words, and `entry` masks by the size.
+        let words = unsafe { [&*self.indexes.cells.used.add(entry), &*self.indexes.cells.used.add(entry + 1)] };
+        words[0].store(u32::from(head).to_le(), Ordering::Relaxed);
+        words[1].store(length.to_le(), Ordering::Relaxed);
+        self.indexes.next_used = self.indexes.next_used.wrapping_add(1);
+    }
+}
+
+type Area = (&'static str, (u64, u64), u64);
+
+fn check_areas(areas: [Area; 3]) -> Result<(), GuestError> {
+    for (name, (address, length), alignment) in areas {
+        if address % alignment != 0 {
+            return Err(GuestError(format!("the {name} at {address:#x} is not a multiple of {alignment}")));
+        }
+        if address.checked_add(length).is_none() {
+            return Err(GuestError(format!("the {name} at {address:#x} passes the end of the address space")));
+        }
+    }
+    for (one, two) in [(0, 1), (0, 2), (1, 2)] {
+        let ((a, (a0, alen), _), (b, (b0, blen), _)) = (areas[one], areas[two]);
+        if a0 < b0 + blen && b0 < a0 + alen {
+            return Err(GuestError(format!("the {a} at {a0:#x} and the {b} at {b0:#x} overlap")));
+        }
+    }
+    Ok(())
+}
