@@ -230,7 +230,10 @@ class Bus(Protocol):
 
 @final
 class Serial:
-    """A 16550 serial port whose output goes to a file descriptor."""
+    """A 16550 serial port whose output goes to a file descriptor (duplicated).
+
+    A reader that takes nothing for 100 ms loses bytes until it reads again: the vCPU never waits longer.
+    """
 
     def __init__(self, line: IrqLine, out_fd: int) -> None: ...
     def receive(self, data: Buffer) -> int:
@@ -245,7 +248,10 @@ class Vm:
     def add_rom(self, address: int, data: bytes) -> None:
         """A read-only slot; the guest's writes to it become MMIO exits."""
     def create_irqchip(self) -> None:
-        """The interrupt controllers and the PIT, in the kernel."""
+        """The interrupt controllers and the PIT, in the kernel; before any vCPU.
+
+        GSI n reaches pin n of the IOAPIC, but the PIT (GSI 0) reaches pin 2: ACPI's override 0 -> 2.
+        """
     def irq_line(self, gsi: int) -> IrqLine: ...
     def assign_ioeventfd(
         self, fd: int, space: Literal["pio", "mmio"], address: int, length: int, datamatch: int | None
@@ -268,14 +274,24 @@ class Vcpu:
     def set_cpuid(self, cpus: int) -> None:
         """What the host supports, with the APIC id, the topology of `cpus` CPUs and the hypervisor bits."""
     def set_linux_entry(self, entry: int, boot_params: int) -> None:
-        """64-bit boot protocol: long mode, identity page tables below 4 GiB written at 0x9000, rsi = boot_params."""
+        """64-bit boot protocol: long mode, rsi = boot_params, LINT0 and LINT1 of the local APIC as firmware leaves them.
+
+        Writes a GDT (0x8000) and identity page tables of the first 4 GiB (0x9000 to 0xf000) to guest memory.
+        """
     def set_registers(self, mode: Literal["real", "protected", "long"], **registers: int) -> None:
-        """For freestanding guests: flat segments of that mode, then the named registers."""
+        """For freestanding guests: flat segments of that mode, then the named registers; the others are 0.
+
+        "protected" writes the GDT of `set_linux_entry` to guest memory (code 0x10, data 0x18), "long" the page tables too.
+        """
     def get_registers(self) -> dict[str, int]: ...
     def run(self, bus: Bus) -> str:
-        """Run until `stop` ("stopped"), a triple fault ("shutdown"), HLT without an irqchip ("hlt") or an error."""
+        """Run until `stop` ("stopped"), a triple fault ("shutdown"), a reset asked of KVM ("reset"), or HLT without
+        an irqchip ("hlt"); after "stopped" a further call goes on. What KVM cannot run is a `RuntimeError`.
+
+        An exception in `bus` is logged and reads as all ones.
+        """
     def stop(self) -> None:
-        """Make `run` return soon; from any thread."""
+        """Make `run` return soon, or the next one at once if none is active; from any thread."""
     @property
     def exits(self) -> dict[str, int]:
         """Userspace exits by kind: pio_read, pio_write, mmio_read, mmio_write, serial, other."""
