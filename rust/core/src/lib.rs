@@ -7,6 +7,7 @@ pub mod chain;
 pub mod counters;
 pub mod device_state;
 pub mod interrupt;
+pub mod kvm;
 pub mod memory;
 pub mod queue;
 pub mod sync;
