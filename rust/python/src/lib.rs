@@ -2,5 +2,25 @@
 
 use pyo3::prelude::*;
 
+mod bytes;
+mod chain;
+mod device_state;
+mod errors;
+mod handler;
+mod interrupt;
+mod memory;
+mod queue;
+
 #[pymodule]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use crate::chain::Chain;
+    #[pymodule_export]
+    use crate::device_state::DeviceState;
+    #[pymodule_export]
+    use crate::interrupt::{IrqLine, Isr, MsixVector};
+    #[pymodule_export]
+    use crate::memory::GuestMemory;
+    #[pymodule_export]
+    use crate::queue::VirtQueue;
+}

@@ -1,0 +1,63 @@
+//! Who serves a queue: a Python callable, or something native.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyvirtio_core::Handler;
+
+use crate::errors::{GuestError, StaleChain};
+use crate::queue::VirtQueue;
+
+/// The handler an object of Python stands for, called with `vq`.
+pub fn handler(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Arc<dyn Handler> {
+    native(object).unwrap_or_else(|| {
+        Arc::new(PythonHandler { callable: object.clone().unbind(), vq: vq.clone().unbind() })
+    })
+}
+
+/// A handler that runs without Python.
+fn native(_object: &Bound<'_, PyAny>) -> Option<Arc<dyn Handler>> {
+    None
+}
+
+/// Calls Python once per pass.
+struct PythonHandler {
+    callable: Py<PyAny>,
+    vq: Py<VirtQueue>,
+}
+
+impl Handler for PythonHandler {
+    fn handle(&self, vq: &Arc<pyvirtio_core::VirtQueue>) {
+        Python::attach(|py| {
+            if let Err(error) = self.callable.call1(py, (&self.vq,)) {
+                raised(py, error, vq);
+            }
+        });
+    }
+}
+
+/// Whose fault an exception of a handler is decides what happens (see `pyvirtio.errors`).
+fn raised(py: Python<'_>, error: PyErr, vq: &pyvirtio_core::VirtQueue) {
+    if error.is_instance_of::<StaleChain>(py) {
+        return;
+    }
+    let (name, value) = (vq.name(), error.value(py).to_string());
+    if error.is_instance_of::<GuestError>(py) {
+        vq.state().fail(&format!("{name}: {value}"));
+        return;
+    }
+    vq.state().fail(&format!("{name}: the handler raised {}: {value}", error.get_type(py)));
+    if let Err(error) = log(py, vq, &error) {
+        error.write_unraisable(py, None);
+    }
+}
+
+fn log(py: Python<'_>, vq: &pyvirtio_core::VirtQueue, error: &PyErr) -> PyResult<()> {
+    static GET_LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let logger = GET_LOGGER.import(py, "logging", "getLogger")?.call1(("pyvirtio",))?;
+    let options = [("exc_info", error.value(py))];
+    let options = pyo3::types::IntoPyDict::into_py_dict(options, py)?;
+    let message = ("%s: %s: exception in the handler", vq.state().name(), vq.name());
+    logger.call_method("error", message, Some(&options)).map(drop)
+}

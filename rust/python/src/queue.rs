@@ -1,0 +1,142 @@
+//! `VirtQueue`.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{IntoPyDict, PyDict};
+use pyvirtio_core::interrupt::ISR_QUEUE;
+use pyvirtio_core::RingConfig;
+
+use crate::chain::Chain;
+use crate::device_state::DeviceState;
+use crate::errors::{guest_error, os_error};
+use crate::handler::handler;
+use crate::interrupt::{interrupt, Isr, MsixVector};
+use crate::memory::GuestMemory;
+
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct VirtQueue {
+    pub inner: Arc<pyvirtio_core::VirtQueue>,
+}
+
+#[pymethods]
+impl VirtQueue {
+    #[new]
+    fn new(state: &DeviceState, name: String, index: u16, max_size: u16) -> PyResult<Self> {
+        pyvirtio_core::VirtQueue::new(state.inner.clone(), name, index, max_size)
+            .map(|inner| Self { inner: Arc::new(inner) })
+            .map_err(os_error)
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    #[getter]
+    fn index(&self) -> u16 {
+        self.inner.index()
+    }
+
+    #[getter]
+    fn max_size(&self) -> u16 {
+        self.inner.max_size()
+    }
+
+    #[getter]
+    fn size(&self) -> u16 {
+        self.inner.size()
+    }
+
+    #[getter]
+    fn ready(&self) -> bool {
+        self.inner.size() > 0
+    }
+
+    #[getter]
+    fn attached(&self) -> bool {
+        self.inner.attached()
+    }
+
+    #[getter]
+    fn kick_fd(&self) -> RawFd {
+        self.inner.kick_fd()
+    }
+
+    #[pyo3(signature = (memory, handler, *, size, desc, avail, used, event_idx = false, indirect = false,
+                        notify_on_empty = false, next_avail = 0, next_used = 0))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn start(
+        slf: &Bound<'_, Self>,
+        memory: &GuestMemory,
+        handler: &Bound<'_, PyAny>,
+        size: u32,
+        desc: u64,
+        avail: u64,
+        used: u64,
+        event_idx: bool,
+        indirect: bool,
+        notify_on_empty: bool,
+        next_avail: u16,
+        next_used: u16,
+    ) -> PyResult<()> {
+        let vq = &slf.get().inner;
+        // A size that does not fit is refused like any other that is no power of two up to the maximum.
+        let size = u16::try_from(size).unwrap_or(u16::MAX);
+        let config =
+            RingConfig { size, desc, avail, used, event_idx, indirect, notify_on_empty, next_avail, next_used };
+        vq.start(memory.inner.clone(), &config, self::handler(handler, slf)).map_err(guest_error)
+    }
+
+    fn stop(&self, py: Python<'_>) -> (u16, u16) {
+        py.detach(|| self.inner.stop())
+    }
+
+    #[pyo3(signature = (isr, vector))]
+    fn set_interrupt(&self, isr: &Isr, vector: Option<&MsixVector>) {
+        self.inner.set_interrupt(Some(interrupt(isr, ISR_QUEUE, vector)));
+    }
+
+    fn service(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.inner.service())
+    }
+
+    fn notify(&self, py: Python<'_>) {
+        py.detach(|| self.inner.notify());
+    }
+
+    fn attach(&self) {
+        self.inner.attach();
+    }
+
+    fn detach(&self, py: Python<'_>) {
+        py.detach(|| self.inner.detach());
+    }
+
+    fn signal(&self) {
+        self.inner.signal();
+    }
+
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__(&self) -> Option<Chain> {
+        self.inner.pop().map(|inner| Chain { inner })
+    }
+
+    #[getter]
+    fn in_flight(&self) -> u16 {
+        self.inner.in_flight()
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.inner.counters.named().into_py_dict(py)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<VirtQueue {} of {}>", self.inner.name(), self.inner.state().name())
+    }
+}
