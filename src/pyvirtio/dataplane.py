@@ -12,7 +12,7 @@ from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.properties import Range
-from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, NO_VECTOR, Feature
+from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, Feature
 
 log = logging.getLogger("pyvirtio")
 
@@ -60,7 +60,6 @@ class QueueSetup:
     avail: int = 0
     used: int = 0
     enabled: bool = False
-    vector: int = NO_VECTOR
 
 
 class Dataplane:
@@ -103,9 +102,19 @@ class Dataplane:
         return [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(queues)]
 
     def start_queue(
-        self, index: int, memory: GuestMemory, setup: QueueSetup, features: int, *, legacy: bool = False
+        self,
+        index: int,
+        memory: GuestMemory,
+        setup: QueueSetup,
+        features: int,
+        *,
+        legacy: bool = False,
+        at: tuple[int, int] = (0, 0),
     ) -> None:
-        """Take a ring into use; `GuestError` if it cannot be one. Served from `run` on, or by a legacy `notify`."""
+        """Take a ring into use; `GuestError` if it cannot be one. Served from `run` on, or by a legacy `notify`.
+
+        `at` is where to go on after a `pause`: the next avail and used index.
+        """
         self.queues[index].start(
             memory,
             self._declared[index].handler,
@@ -116,6 +125,8 @@ class Dataplane:
             event_idx=bool(features & Feature.EVENT_IDX),
             indirect=bool(features & Feature.INDIRECT_DESC),
             notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
+            next_avail=at[0],
+            next_used=at[1],
         )
 
     def stop_queue(self, index: int) -> None:
@@ -126,13 +137,22 @@ class Dataplane:
         if running:
             self.notifiers.start()
 
-    def run(self, features: int) -> None:
-        """DRIVER_OK: activate the device first, start the notifiers last. Repeating it changes nothing."""
+    def activate(self, features: int) -> None:
+        """Tell the device what was agreed; the first call after a reset does."""
         if not self._active:
             self._active = True
             self.device.activate(features)
-            self.state.driver_ok = True
+
+    def run(self, features: int) -> None:
+        """DRIVER_OK: activate the device first, start the notifiers last. Repeating it changes nothing."""
+        self.activate(features)
+        self.state.driver_ok = True
         self.notifiers.start()
+
+    def pause(self) -> dict[int, tuple[int, int]]:
+        """Give all rings up without a reset; return where to go on, by queue index."""
+        self.notifiers.stop()
+        return {vq.index: vq.stop() for vq in self.queues if vq.ready}
 
     def stop(self) -> None:
         """Stop the notifiers first, wait for what is in flight, and deactivate the device last."""

@@ -1,0 +1,248 @@
+"""What every transport shares: the accelerator it needs, and what a driver has told the device."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pyvirtio._core import GuestMemory, IrqLine, MsixVector
+from pyvirtio.dataplane import Dataplane, QueueSetup
+from pyvirtio.device import Device
+from pyvirtio.errors import GuestError
+from pyvirtio.spec import Feature, Status
+
+Undo = Callable[[], object]
+
+log = logging.getLogger("pyvirtio")
+
+
+@dataclass(frozen=True)
+class IoAddress:
+    """A guest write that can be an ioeventfd: `length` 0 matches any width, `datamatch` None any value."""
+
+    space: Literal["pio", "mmio"]
+    address: int
+    length: int
+    datamatch: int | None = None
+
+
+class Accelerator(Protocol):
+    """What a transport needs of KVM, or of its in-process stand-in. Errors are `OSError`."""
+
+    @property
+    def memory(self) -> GuestMemory: ...
+
+    def assign_ioeventfd(self, fd: int, at: IoAddress) -> Undo:
+        """Signal `fd` on that write instead of leaving the guest; `EEXIST` if the address is taken."""
+
+    def route_msi(self, vector: MsixVector, address: int, data: int) -> None:
+        """Make `vector` send this message; the first call makes its eventfd an irqfd."""
+
+    def release_msi(self, vector: MsixVector) -> None: ...
+
+    def intx_line(self, slot: int) -> IrqLine:
+        """An input of the interrupt line that INTA of this slot is wired to."""
+
+
+def write_device_config(device: Device, offset: int, size: int, value: int) -> None:
+    """A driver's write to the configuration space of the device; ignored past its end."""
+    if offset + size <= len(device.config_bytes()):
+        device.write_config(offset, value.to_bytes(size, "little"))
+
+
+class DriverState:
+    """What the driver has told the device, and what follows from it (virtio 1.3, 2.1, 2.2 and 3.1).
+
+    Registers of any transport write it. The device runs while DRIVER_OK is set on agreed features and
+    `bus_master` lets it reach memory; every change sets a field and settles. The transport serialises all but reads.
+    """
+
+    KNOWN_STATUS = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK | Status.FAILED
+
+    def __init__(
+        self,
+        dataplane: Dataplane,
+        memory: GuestMemory,
+        on_reset: Callable[[], None],
+        *,
+        offered: int,
+        legacy_offered: int | None,
+    ) -> None:
+        """`legacy_offered` is None for a device without a legacy interface. `on_reset` runs before a reset ends."""
+        self.dataplane = dataplane
+        self.memory = memory
+        self.on_reset = on_reset
+        self.offered = offered
+        self.legacy_offered = legacy_offered
+        self._running = False
+        self._bus_master = False
+        self._status = Status(0)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.features: int | None = None
+        """What was agreed; None until then, fixed afterwards."""
+        self.driver_features = 0
+        self.legacy = False
+        self.queue_select = 0
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.setups = [QueueSetup(size=vq.max_size) for vq in self.dataplane.queues]
+        self._positions: dict[int, tuple[int, int]] = {}
+
+    @property
+    def status(self) -> Status:
+        return self._status | (Status.NEEDS_RESET if self.dataplane.state.broken else Status(0))
+
+    @property
+    def bus_master(self) -> bool:
+        return self._bus_master
+
+    @bus_master.setter
+    def bus_master(self, value: bool) -> None:
+        self._bus_master = value
+        self._settle()
+
+    @property
+    def selected(self) -> QueueSetup | None:
+        """The queue that `queue_select` names, if it exists."""
+        return self.setups[self.queue_select] if self.queue_select < len(self.setups) else None
+
+    @property
+    def configurable(self) -> QueueSetup | None:
+        """The selected queue while its registers may be written: it is disabled and DRIVER_OK is clear."""
+        setup = self.selected
+        return setup if setup and not setup.enabled and Status.DRIVER_OK not in self._status else None
+
+    def offered_word(self) -> int:
+        """device_feature: 32 bits of what is offered; 0 beyond the end."""
+        select = self.device_feature_select
+        return self.offered >> 32 * select & 0xFFFFFFFF if select < 2 else 0
+
+    def driver_word(self) -> int:
+        select = self.driver_feature_select
+        return self.driver_features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
+
+    def write_driver_word(self, value: int) -> None:
+        """driver_feature; frozen once the features are agreed."""
+        if self.features is None and self.driver_feature_select < 2:
+            shift = 32 * self.driver_feature_select
+            self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
+
+    def write_legacy_features(self, value: int) -> None:
+        """The legacy guest features: no way to refuse, so what was not offered is dropped."""
+        if self.features is None:
+            self.driver_features = value & (self.legacy_offered or 0)
+
+    def write_status(self, value: int, *, legacy: bool = False) -> None:
+        """device_status (2.1): 0 resets; a legacy driver agrees on features by setting DRIVER_OK."""
+        if not value:
+            self.reset()
+            return
+        new = Status(value) & self.KNOWN_STATUS
+        added = new & ~self._status
+        if Status.FEATURES_OK in added and not self._agree(legacy):
+            new &= ~Status.FEATURES_OK
+        if legacy and Status.DRIVER_OK in added:
+            self.agree_legacy()
+        self._status = new
+        self._settle()
+
+    def _agree(self, legacy: bool) -> bool:
+        """FEATURES_OK: accept a subset of what is offered, VERSION_1 included where there is no legacy interface."""
+        if self.features is not None:
+            return True
+        refused = self.driver_features & ~((self.legacy_offered or 0) if legacy else self.offered)
+        if self.legacy_offered is None:
+            refused |= Feature.VERSION_1 & ~self.driver_features
+        if refused:
+            log.warning("%s: features refused: %#x", self.dataplane.state.name, refused)
+            return False
+        self.features = self.driver_features
+        return True
+
+    def agree_legacy(self) -> None:
+        """A legacy driver takes the first queue or the device into use: its features are what it has written."""
+        if self.features is None:
+            self.features = self.driver_features
+            self.legacy = True
+
+    def start_legacy_queue(self, setup: QueueSetup) -> None:
+        """QUEUE_PFN: served from now on, because a legacy driver may kick before DRIVER_OK."""
+        self.agree_legacy()
+        setup.enabled = True
+        self._try(lambda: self._start_legacy_queue(self.queue_select))
+
+    def _start_legacy_queue(self, index: int) -> None:
+        self.dataplane.activate(self.features or 0)
+        self._start_queue(index)
+
+    def stop_legacy_queue(self) -> None:
+        """QUEUE_PFN = 0: give the selected ring up."""
+        setup = self.selected
+        if setup and setup.enabled:
+            self.dataplane.stop_queue(self.queue_select)
+            self._positions.pop(self.queue_select, None)
+            self.setups[self.queue_select] = QueueSetup(size=setup.size)
+
+    def notify(self, index: int) -> None:
+        """A notify that reached userspace; from any thread, without a lock."""
+        if self._bus_master:
+            self.dataplane.notify(index)
+
+    def reset(self) -> None:
+        """Forget the driver. Waits for I/O in flight; the status reads 0 once that is done."""
+        self._running = False
+        self.dataplane.stop()
+        self._forget()
+        self.on_reset()
+        self._status = Status(0)
+
+    def _settle(self) -> None:
+        """Run or pause as status and bus mastering ask for. Calling it twice changes nothing."""
+        up = Status.DRIVER_OK in self._status and self.features is not None
+        if not self.legacy:
+            up = up and Status.FEATURES_OK in self._status
+        wanted = up and self._bus_master and not self.dataplane.state.broken
+        if wanted and not self._running:
+            self._start()
+        elif not wanted and self._running:
+            self._pause()
+
+    def _start(self) -> None:
+        self._running = self._try(self._start_all)
+
+    def _start_all(self) -> None:
+        for index, setup in enumerate(self.setups):
+            if setup.enabled:
+                self._start_queue(index)
+        self.dataplane.run(self.features or 0)
+
+    def _start_queue(self, index: int) -> None:
+        if not self.dataplane.queues[index].ready:
+            features = self.features or 0
+            at = self._positions.pop(index, (0, 0))
+            self.dataplane.start_queue(index, self.memory, self.setups[index], features, legacy=self.legacy, at=at)
+
+    def _pause(self) -> None:
+        self._running = False
+        self._positions = self.dataplane.pause()
+
+    def _try(self, start: Callable[[], None]) -> bool:
+        """Whether `start` succeeded; if not, the device needs a reset and the machine goes on."""
+        try:
+            start()
+        except GuestError as error:
+            self._fail(error)
+        except Exception as error:
+            # A user's device, which must not take the machine down.
+            log.exception("%s: cannot start", self.dataplane.state.name)
+            self._fail(error)
+        else:
+            return True
+        return False
+
+    def _fail(self, error: Exception) -> None:
+        state = self.dataplane.state
+        state.driver_ok = Status.DRIVER_OK in self._status
+        state.fail(str(error))
