@@ -10,6 +10,7 @@ mod handler;
 mod interrupt;
 mod memory;
 mod queue;
+mod stand_in;
 
 #[pymodule]
 mod _core {
@@ -23,4 +24,6 @@ mod _core {
     use crate::memory::GuestMemory;
     #[pymodule_export]
     use crate::queue::VirtQueue;
+    #[pymodule_export]
+    use crate::stand_in::{BlkPlane, IoThread};
 }
