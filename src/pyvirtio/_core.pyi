@@ -298,3 +298,6 @@ class Vcpu:
 
 def supported(device: str = "/dev/kvm") -> str | None:
     """None if this KVM offers what pyvirtio needs, else what is missing."""
+
+def tsc() -> int:
+    """The time stamp counter of the CPU this runs on."""

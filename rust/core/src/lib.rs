@@ -11,12 +11,14 @@ pub mod kvm;
 pub mod memory;
 pub mod queue;
 pub mod sync;
+mod tsc;
 
 pub use chain::{Chain, ChainError};
 pub use device_state::DeviceState;
 pub use interrupt::{Interrupt, IrqLine, Isr, Line, MsixVector};
 pub use memory::GuestMemory;
 pub use queue::{Handler, RingConfig, VirtQueue};
+pub use tsc::tsc;
 
 /// The guest broke the rules of virtio; the text names the thing, the value and the limit.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -26,4 +26,11 @@ mod _core {
     use crate::queue::VirtQueue;
     #[pymodule_export]
     use crate::stand_in::{BlkPlane, IoThread};
+
+    use pyo3::prelude::*;
+
+    #[pyfunction]
+    fn tsc() -> u64 {
+        pyvirtio_core::tsc()
+    }
 }
