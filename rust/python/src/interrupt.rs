@@ -19,7 +19,6 @@ pub struct IrqLine {
 
 impl IrqLine {
     /// A line that drives `out`, which somebody else implements.
-    #[allow(dead_code, reason = "for the lines of KVM")]
     pub fn over(out: Arc<dyn Line>) -> Self {
         Self { inner: Arc::new(interrupt::IrqLine::new(out)), remembered: None }
     }

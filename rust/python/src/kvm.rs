@@ -36,7 +36,7 @@ impl Vm {
     }
 
     fn set_memory(&self, memory: &GuestMemory) -> PyResult<()> {
-        self.0.set_memory(&memory.0).map_err(os_error)
+        self.0.set_memory(&memory.inner).map_err(os_error)
     }
 
     fn add_rom(&self, address: u64, data: &[u8]) -> PyResult<()> {
@@ -48,7 +48,7 @@ impl Vm {
     }
 
     fn irq_line(&self, gsi: u32) -> IrqLine {
-        IrqLine(Arc::new(pyvirtio_core::interrupt::IrqLine::new(Arc::new(self.0.irq_line(gsi)))))
+        IrqLine::over(Arc::new(self.0.irq_line(gsi)))
     }
 
     #[pyo3(signature = (fd, space, address, length, datamatch))]
@@ -121,7 +121,7 @@ impl Serial {
         }
         // SAFETY: borrowed only to be duplicated, and a closed one is refused by the kernel.
         let out = unsafe { BorrowedFd::borrow_raw(out_fd) }.try_clone_to_owned()?;
-        Ok(Serial(Arc::new(kvm::Serial::new(Arc::clone(&line.0), out))))
+        Ok(Serial(Arc::new(kvm::Serial::new(Arc::clone(&line.inner), out))))
     }
 
     fn receive(&self, py: Python<'_>, data: PyBuffer<u8>) -> PyResult<usize> {

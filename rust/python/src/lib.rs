@@ -8,6 +8,8 @@ mod device_state;
 mod errors;
 mod handler;
 mod interrupt;
+mod iothread;
+mod kvm;
 mod memory;
 mod queue;
 mod stand_in;
@@ -20,6 +22,10 @@ mod _core {
     use crate::device_state::DeviceState;
     #[pymodule_export]
     use crate::interrupt::{IrqLine, Isr, MsixVector};
+    #[pymodule_export]
+    use crate::iothread::IoThread;
+    #[pymodule_export]
+    use crate::kvm::{supported, Serial, Vcpu, Vm};
     #[pymodule_export]
     use crate::memory::GuestMemory;
     #[pymodule_export]

@@ -1,0 +1,268 @@
+//! The loop of an I/O thread: waits for kicks, serves the queues, and looks a little longer before it sleeps.
+//!
+//! Waking up costs far more than a request, so after the last request the loop keeps looking for more for a
+//! while, with kicks still switched off at the driver. How long is learnt: a kick that came soon after the loop
+//! went to sleep would have been caught by looking longer, so the window grows; one that came later than the
+//! longest window allowed would not, so the window shrinks and an idle thread costs nothing.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::queue::VirtQueue;
+use crate::sync::EventFd;
+
+/// The first window that a growing one gets.
+const FIRST_WINDOW_NS: u64 = 4000;
+/// Looks at the rings between two looks at the other eventfds, which cost a system call.
+const LOOKS_PER_POLL: u32 = 32;
+const EVENTS_PER_WAIT: usize = 64;
+const FOREVER: i32 = -1;
+
+pub struct IoThread {
+    epoll: Epoll,
+    wake: EventFd,
+    closed: AtomicBool,
+    window: Window,
+    /// The polled queues by eventfd. Never locked while a queue is served.
+    sources: Mutex<HashMap<RawFd, Arc<VirtQueue>>>,
+    /// Counts `remove`, so that the loop notices cheaply.
+    removals: AtomicU64,
+}
+
+impl IoThread {
+    /// `poll_grow` 0 means 2, `poll_shrink` 0 means back to no window at once.
+    pub fn new(poll_max_ns: u64, poll_grow: u64, poll_shrink: u64) -> io::Result<Self> {
+        let (epoll, wake) = (Epoll::new()?, EventFd::new()?);
+        let window = Window { max_ns: AtomicU64::new(poll_max_ns), grow: poll_grow, shrink: poll_shrink };
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), readable(wake.as_raw_fd()))?;
+        Ok(Self {
+            epoll,
+            wake,
+            closed: AtomicBool::new(false),
+            window,
+            sources: Mutex::default(),
+            removals: AtomicU64::new(0),
+        })
+    }
+
+    pub fn poll_max_ns(&self) -> u64 {
+        self.window.max_ns.load(Ordering::Relaxed)
+    }
+
+    pub fn set_poll_max_ns(&self, ns: u64) {
+        self.window.max_ns.store(ns, Ordering::Relaxed);
+    }
+
+    fn sources(&self) -> MutexGuard<'_, HashMap<RawFd, Arc<VirtQueue>>> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serve the queue whenever its eventfd is signalled. Any thread.
+    pub fn add(&self, vq: &Arc<VirtQueue>) -> io::Result<()> {
+        let mut sources = self.sources();
+        self.epoll.ctl(ControlOperation::Add, vq.kick_fd(), readable(vq.kick_fd()))?;
+        sources.insert(vq.kick_fd(), vq.clone());
+        Ok(())
+    }
+
+    /// Stop polling the queue. A service that runs already may go on; kicks are switched on again after it.
+    pub fn remove(&self, vq: &Arc<VirtQueue>) {
+        let mut sources = self.sources();
+        if sources.remove(&vq.kick_fd()).is_some() {
+            // It cannot fail: the eventfd is open as long as the queue lives, and was added.
+            let _ = self.epoll.ctl(ControlOperation::Delete, vq.kick_fd(), EpollEvent::default());
+            self.removals.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Make `run` return soon. Any thread.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.wake.signal();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Serve until `close`, on this thread.
+    pub fn run(&self) -> io::Result<()> {
+        let mut hot = Hot { thread: self, queues: Vec::new(), removals: 0 };
+        let may_spin = usable_cpus() > 1;
+        let mut window = 0;
+        while !self.is_closed() {
+            let idle_since = Instant::now();
+            hot.wait(FOREVER)?;
+            let idle = window + idle_since.elapsed().as_nanos() as u64;
+            window = if may_spin { self.window.adapt(window, idle) } else { 0 };
+            hot.serve(Duration::from_nanos(window))?;
+        }
+        Ok(())
+    }
+}
+
+/// The queues that were kicked and whose kicks are switched off since; they leave through `rearm`.
+struct Hot<'a> {
+    thread: &'a IoThread,
+    queues: Vec<Arc<VirtQueue>>,
+    removals: u64,
+}
+
+impl Hot<'_> {
+    /// Serve them, and what is kicked meanwhile, until for `window` nothing came.
+    fn serve(&mut self, window: Duration) -> io::Result<()> {
+        while !self.queues.is_empty() {
+            self.drain()?;
+            if self.thread.is_closed() {
+                self.let_go(|_| false);
+            } else if !self.spin(window)? {
+                self.queues.retain(|vq| vq.rearm());
+            }
+        }
+        Ok(())
+    }
+
+    /// Serve each until it is empty. One with an endless supply does not keep the others waiting.
+    fn drain(&mut self) -> io::Result<()> {
+        loop {
+            let spent = self.queues.iter().filter(|vq| !vq.drain()).count();
+            self.release_removed();
+            if spent == 0 || self.thread.is_closed() {
+                return Ok(());
+            }
+            self.wait(0)?;
+        }
+    }
+
+    /// Look for work for at most `window`; true if there is some.
+    fn spin(&mut self, window: Duration) -> io::Result<bool> {
+        if window.is_zero() {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while start.elapsed() < window {
+            for _ in 0..LOOKS_PER_POLL {
+                if self.queues.iter().any(|vq| vq.has_work()) {
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            if self.wait(0)? || self.thread.is_closed() {
+                return Ok(true);
+            }
+            self.release_removed();
+        }
+        Ok(false)
+    }
+
+    /// Add the queues whose eventfd is signalled; true if there are any. The timeout is in milliseconds.
+    fn wait(&mut self, timeout: i32) -> io::Result<bool> {
+        let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+        let count = match self.thread.epoll.wait(timeout, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            other => other?,
+        };
+        for event in &events[..count] {
+            let vq = self.thread.sources().get(&event.fd()).cloned();
+            // Removed since, or the kick was taken by a detach: both are legal.
+            if let Some(vq) = vq.filter(|vq| vq.take_kick()) {
+                self.add(vq);
+            }
+        }
+        Ok(count > 0)
+    }
+
+    fn add(&mut self, vq: Arc<VirtQueue>) {
+        if !self.queues.iter().any(|hot| Arc::ptr_eq(hot, &vq)) {
+            self.queues.push(vq);
+        }
+    }
+
+    /// Let go of queues that are no longer polled, with their kicks switched on.
+    fn release_removed(&mut self) {
+        let removals = self.thread.removals.load(Ordering::SeqCst);
+        if removals == self.removals {
+            return;
+        }
+        self.removals = removals;
+        let thread = self.thread;
+        self.let_go(|vq| thread.sources().contains_key(&vq.kick_fd()));
+    }
+
+    /// Keep only some queues; the others are served until they are empty with kicks switched on.
+    fn let_go(&mut self, keep: impl Fn(&VirtQueue) -> bool) {
+        self.queues.retain(|vq| {
+            let kept = keep(vq);
+            if !kept {
+                vq.service();
+            }
+            kept
+        });
+    }
+}
+
+/// How long to look for more work, in the terms of QEMU's iothread properties.
+struct Window {
+    max_ns: AtomicU64,
+    grow: u64,
+    shrink: u64,
+}
+
+impl Window {
+    /// The next window after one of `window` ns was not enough: work came `idle` ns after the last.
+    fn adapt(&self, window: u64, idle: u64) -> u64 {
+        let max = self.max_ns.load(Ordering::Relaxed);
+        let next = match (idle <= max, window, self.shrink) {
+            (true, 0, _) => FIRST_WINDOW_NS,
+            (true, _, _) => window.saturating_mul(if self.grow == 0 { 2 } else { self.grow }),
+            (false, _, 0) => 0,
+            (false, _, shrink) => window / shrink,
+        };
+        next.min(max)
+    }
+}
+
+fn readable(fd: RawFd) -> EpollEvent {
+    EpollEvent::new(EventSet::IN, fd as u64)
+}
+
+/// How many CPUs this thread may run on: with one, looking takes the time from whoever makes the work.
+fn usable_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn window(grow: u64, shrink: u64) -> Window {
+        Window { max_ns: AtomicU64::new(32768), grow, shrink }
+    }
+
+    #[test]
+    fn the_window_grows_while_work_comes_within_the_longest() {
+        let window = window(0, 0);
+        let windows: Vec<u64> =
+            std::iter::successors(Some(0), |now| Some(window.adapt(*now, 20_000))).take(6).collect();
+        assert_eq!(windows, [0, 4000, 8000, 16000, 32000, 32768]);
+        assert_eq!(self::window(3, 0).adapt(4000, 20_000), 12_000);
+    }
+
+    #[test]
+    fn the_window_shrinks_when_no_window_would_have_been_long_enough() {
+        assert_eq!(window(0, 0).adapt(32_768, 1_000_000), 0);
+        assert_eq!(window(0, 4).adapt(32_768, 1_000_000), 8192);
+    }
+
+    #[test]
+    fn a_maximum_of_zero_never_looks() {
+        let window = Window { max_ns: AtomicU64::new(0), grow: 0, shrink: 0 };
+        assert_eq!(window.adapt(0, 0), 0);
+    }
+}

@@ -1,0 +1,44 @@
+//! `IoThread`.
+
+use pyo3::prelude::*;
+
+use crate::errors::os_error;
+use crate::queue::VirtQueue;
+
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct IoThread(pyvirtio_core::IoThread);
+
+#[pymethods]
+impl IoThread {
+    #[new]
+    #[pyo3(signature = (*, poll_max_ns = 32768, poll_grow = 0, poll_shrink = 0))]
+    fn new(poll_max_ns: u64, poll_grow: u64, poll_shrink: u64) -> PyResult<Self> {
+        pyvirtio_core::IoThread::new(poll_max_ns, poll_grow, poll_shrink).map(Self).map_err(os_error)
+    }
+
+    #[getter]
+    fn poll_max_ns(&self) -> u64 {
+        self.0.poll_max_ns()
+    }
+
+    #[setter]
+    fn set_poll_max_ns(&self, ns: u64) {
+        self.0.set_poll_max_ns(ns);
+    }
+
+    fn run(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.run()).map_err(os_error)
+    }
+
+    fn close(&self) {
+        self.0.close();
+    }
+
+    fn add(&self, vq: &VirtQueue) -> PyResult<()> {
+        self.0.add(&vq.inner).map_err(os_error)
+    }
+
+    fn remove(&self, vq: &VirtQueue) {
+        self.0.remove(&vq.inner);
+    }
+}
