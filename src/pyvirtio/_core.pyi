@@ -252,6 +252,8 @@ class Vm:
 
         GSI n reaches pin n of the IOAPIC, but the PIT (GSI 0) reaches pin 2: ACPI's override 0 -> 2.
         """
+    def reset(self) -> None:
+        """The interrupt controllers and the PIT go back to what they were at first. No vCPU may run."""
     def irq_line(self, gsi: int) -> IrqLine: ...
     def assign_ioeventfd(
         self, fd: int, space: Literal["pio", "mmio"], address: int, length: int, datamatch: int | None
@@ -273,6 +275,8 @@ class Vcpu:
 
     def set_cpuid(self, cpus: int) -> None:
         """What the host supports, with the APIC id, the topology of `cpus` CPUs and the hypervisor bits."""
+    def reset(self) -> None:
+        """Go back to the state after `set_cpuid`. Not while it runs."""
     def set_linux_entry(self, entry: int, boot_params: int) -> None:
         """64-bit boot protocol: long mode, rsi = boot_params, LINT0 and LINT1 of the local APIC as firmware leaves them.
 

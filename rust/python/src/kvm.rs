@@ -47,6 +47,10 @@ impl Vm {
         self.0.create_irqchip().map_err(os_error)
     }
 
+    fn reset(&self) -> PyResult<()> {
+        self.0.reset().map_err(os_error)
+    }
+
     fn irq_line(&self, gsi: u32) -> IrqLine {
         IrqLine::over(Arc::new(self.0.irq_line(gsi)))
     }
@@ -137,6 +141,10 @@ pub struct Vcpu(kvm::Vcpu);
 impl Vcpu {
     fn set_cpuid(&self, cpus: u32) -> PyResult<()> {
         self.0.set_cpuid(cpus).map_err(os_error)
+    }
+
+    fn reset(&self) -> PyResult<()> {
+        self.0.reset().map_err(os_error)
     }
 
     fn set_linux_entry(&self, entry: u64, boot_params: u64) -> PyResult<()> {

@@ -2,6 +2,7 @@
 
 mod boot;
 mod cpuid;
+mod reset;
 mod serial;
 mod vcpu;
 mod vm;
@@ -17,7 +18,7 @@ pub use vcpu::{Bus, Exits, Stopped, Vcpu};
 pub use vm::{IoAddress, MsiRoute, Space, Vm};
 
 /// What KVM refused, or what the guest did that KVM cannot run.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Error {
     /// A system call failed.
     Call { call: &'static str, errno: i32 },

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, Once};
 use kvm_bindings::{kvm_mp_state, kvm_regs, kvm_run, KVM_EXIT_IO_IN, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::reset::CpuState;
 use super::{boot, cpuid, During, Error, Mode, Result, Vm};
 use crate::memory::GuestMemory;
 
@@ -47,13 +48,15 @@ pub struct Vcpu {
     vm: Arc<Vm>,
     stop: StopRequest,
     fd: Mutex<VcpuFd>,
+    /// What `reset` puts back; an error if this KVM cannot say it all.
+    initial: Mutex<Option<Result<CpuState>>>,
     pub exits: Exits,
 }
 
 impl Vcpu {
     pub(super) fn new(vm: Arc<Vm>, index: u32, mut fd: VcpuFd) -> Vcpu {
         let stop = StopRequest::new(fd.get_kvm_run());
-        Vcpu { index, vm, stop, fd: Mutex::new(fd), exits: Exits::default() }
+        Vcpu { index, vm, stop, fd: Mutex::new(fd), initial: Mutex::new(None), exits: Exits::default() }
     }
 
     fn memory(&self) -> Option<GuestMemory> {
@@ -62,7 +65,19 @@ impl Vcpu {
 
     pub fn set_cpuid(&self, cpus: u32) -> Result<()> {
         let cpuid = cpuid::for_vcpu(&self.vm, self.index, cpus)?;
-        self.fd.lock().unwrap().set_cpuid2(&cpuid).during("KVM_SET_CPUID2")
+        let fd = self.fd.lock().unwrap();
+        fd.set_cpuid2(&cpuid).during("KVM_SET_CPUID2")?;
+        *self.initial.lock().unwrap() = Some(CpuState::of(&fd, &self.vm.kvm));
+        Ok(())
+    }
+
+    /// Go back to the state of `set_cpuid`. Not while it runs.
+    pub fn reset(&self) -> Result<()> {
+        match &*self.initial.lock().unwrap() {
+            Some(Ok(state)) => state.restore(&self.fd.lock().unwrap()),
+            Some(Err(error)) => Err(error.clone()),
+            None => Err(Error::Guest("a vCPU can be reset after set_cpuid only".into())),
+        }
     }
 
     pub fn set_linux_entry(&self, entry: u64, boot_params: u64) -> Result<()> {

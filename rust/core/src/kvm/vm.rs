@@ -15,7 +15,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::{During, Result, Serial, Vcpu};
+use super::reset::ChipState;
+use super::{During, Error, Result, Serial, Vcpu};
 use crate::interrupt::Line;
 use crate::memory::GuestMemory;
 
@@ -65,13 +66,15 @@ pub struct Vm {
     pub(super) fd: VmFd,
     slots: Mutex<Slots>,
     serials: RwLock<Vec<(u16, Arc<Serial>)>>,
+    /// What `reset` puts back; an error if this KVM cannot say it all.
+    initial: Mutex<Option<Result<ChipState>>>,
 }
 
 impl Vm {
     pub fn new(device: &CStr) -> Result<Arc<Vm>> {
         let kvm = Kvm::new_with_path(device).during("open")?;
         let fd = kvm.create_vm().during("KVM_CREATE_VM")?;
-        Ok(Arc::new(Vm { kvm, fd, slots: Mutex::default(), serials: RwLock::default() }))
+        Ok(Arc::new(Vm { kvm, fd, slots: Mutex::default(), serials: RwLock::default(), initial: Mutex::default() }))
     }
 
     /// Give the guest its RAM, once.
@@ -126,7 +129,17 @@ impl Vm {
         self.fd.create_irq_chip().during("KVM_CREATE_IRQCHIP")?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.fd.create_pit2(pit).during("KVM_CREATE_PIT2")?;
+        *self.initial.lock().unwrap() = Some(ChipState::of(&self.fd));
         self.set_msi_routes(&[])
+    }
+
+    /// The interrupt controllers and the PIT go back to the state of `create_irqchip`. Not while a vCPU runs.
+    pub fn reset(&self) -> Result<()> {
+        match &*self.initial.lock().unwrap() {
+            Some(Ok(state)) => state.restore(&self.fd),
+            Some(Err(error)) => Err(error.clone()),
+            None => Err(Error::Guest("the VM has no irqchip to reset".into())),
+        }
     }
 
     /// Set all MSI routes; the pins of the irqchip keep theirs.
