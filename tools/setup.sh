@@ -155,7 +155,7 @@ build_extension() {
     say "installing Python packages and building the extension (some minutes at the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.7,<2' ||
         fail "pip could not install maturin"
-    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet --locked --extras test ||
+    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet --locked --extras test >/dev/null ||
         fail "the build failed"
     echo "$hash" >.venv/built
 }

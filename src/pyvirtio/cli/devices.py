@@ -20,8 +20,8 @@ GIVEN = ("name", "device", "accel")
 
 def device_class(name: str) -> type[Device]:
     """The class behind a name of `--device`. ConfigError, in one line, for everything that can be wrong with it."""
-    if ":" in name:
-        module, _, attribute = name.rpartition(":")
+    module, _, attribute = name.rpartition(":")
+    if module:
         return _class_of(_load(module), attribute, name)
     if name not in NAMES:
         raise ConfigError(unknown("--device", "device", name, [*NAMES, "FILE.py:CLASS"]))
@@ -64,7 +64,7 @@ def _load(source: str) -> ModuleType:
         return _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except (OSError, ImportError) as error:
         raise ConfigError(f"{source}: {error}") from error
-    except Exception as error:  # whatever a user's file raises while it is executed
+    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is executed
         raise ConfigError(f"{source}: {type(error).__name__}: {error}") from error
 
 
