@@ -62,6 +62,7 @@ def test_a_property_knows_its_type_default_and_meaning() -> None:
     assert shown["memory"] == ("size", "64k", "what it remembers")
     assert shown["watts"] == ("number", "-", "power")
     assert shown["dimmed"] == ("on/off", "off", "half as bright")
+    assert shown["manual"] == ("path", "-", "")
     assert shown["colour"] == ("red/blue", "red", "")
 
 

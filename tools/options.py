@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-from pyvirtio.transports.pci import VirtioPci
-
-from pyvirtio.cli.devices import GIVEN, NAMES
+from pyvirtio.cli.devices import NAMES, transport_properties
 from pyvirtio.dataplane import IoThread
 from pyvirtio.devices import load
 from pyvirtio.properties import Property, properties_of
@@ -14,10 +12,11 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 INTRODUCTION = """\
 # Options
 
-Written by `python tools/options.py` from the signatures of the classes; `pyvirtio run --device NAME,help` shows the same.
+Written by `python tools/options.py` from the signatures of the classes; `pyvirtio run --device NAME,help` shows the
+same.
 
-Option strings are QEMU's: `KEY=VALUE,KEY=VALUE`; the name comes first, a bare key means `=on`, `,,` stands for a comma in a
-value, and `-` and `_` in keys are alike. Sizes take the suffixes k, M, G and T (powers of 1024).
+Option strings are QEMU's: `KEY=VALUE,KEY=VALUE`; the name comes first, a bare key means `=on`, `,,` stands for a comma
+in a value, and `-` and `_` in keys are alike. Sizes take the suffixes k, M, G and T (powers of 1024).
 """
 
 
@@ -29,7 +28,7 @@ def table(title: str, properties: list[Property]) -> str:
 
 def page() -> str:
     devices = [table(f"`--device {name}`", properties_of(load(short))) for name, short in NAMES.items()]
-    transport = table("Every device on the PCI bus", properties_of(VirtioPci, GIVEN))
+    transport = table("Every device on the PCI bus", transport_properties())
     iothread = table("`--object iothread`", properties_of(IoThread, ["name"]))
     return "".join([INTRODUCTION, *devices, transport, iothread])
 

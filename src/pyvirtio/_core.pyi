@@ -278,14 +278,15 @@ class Vcpu:
     def reset(self) -> None:
         """Go back to the state after `set_cpuid`. Not while it runs."""
     def set_linux_entry(self, entry: int, boot_params: int) -> None:
-        """64-bit boot protocol: long mode, rsi = boot_params, LINT0 and LINT1 of the local APIC as firmware leaves them.
+        """64-bit boot protocol: long mode, rsi = boot_params, LINT0 and LINT1 of the APIC as firmware leaves them.
 
         Writes a GDT (0x8000) and identity page tables of the first 4 GiB (0x9000 to 0xf000) to guest memory.
         """
     def set_registers(self, mode: Literal["real", "protected", "long"], **registers: int) -> None:
         """For freestanding guests: flat segments of that mode, then the named registers; the others are 0.
 
-        "protected" writes the GDT of `set_linux_entry` to guest memory (code 0x10, data 0x18), "long" the page tables too.
+        "protected" writes the GDT of `set_linux_entry` to guest memory (code 0x10, data 0x18), "long" also the page
+        tables.
         """
     def get_registers(self) -> dict[str, int]: ...
     def run(self, bus: Bus) -> str:

@@ -79,6 +79,11 @@ class Device:
     """What messages call the device; set when it is plugged."""
     device_features: int = 0
     """The feature bits of the device type that are offered; the transport adds its own."""
+    config: Any
+    """The configuration space: an instance of the layout, or None."""
+    config_generation: int
+    config_changed: Callable[[], object]
+    _config_lock: Lock
 
     def __init_subclass__(
         cls, *, id: int | None = None, config: type[LittleEndianStructure] | None = None, **rest: Any
@@ -92,9 +97,9 @@ class Device:
     def __new__(cls, *_: Any, **__: Any) -> Self:
         # Not in __init__: a subclass need not call it.
         self = super().__new__(cls)
-        self.config: Any = cls.config_layout() if cls.config_layout else None
+        self.config = cls.config_layout() if cls.config_layout else None
         self.config_generation = 0
-        self.config_changed: Callable[[], object] = lambda: None
+        self.config_changed = lambda: None
         self._config_lock = Lock()
         return self
 

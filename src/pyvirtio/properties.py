@@ -81,7 +81,7 @@ class Property:
         """The default as a user would write it; "-" where there is no value by default."""
         if self.required:
             return "required"
-        return "-" if self.default is None else self.kind.show(self.default)
+        return "-" if self.default in (None, "") else self.kind.show(self.default)
 
     def parse(self, text: str, who: str, references: References | None = None) -> object:
         """The value that `text` stands for. ConfigError names `who`, the value and what is allowed."""

@@ -89,6 +89,7 @@ def test_help_shows_devices_and_their_properties(capsys: pytest.CaptureFixture[s
     print_devices()
     print_device("virtio-blk-pci")
     shown = capsys.readouterr().out
+    assert "required" in shown
     assert "virtio-rng-pci" in shown
     assert all(p.name in shown for p in properties_of(Blk))
 

@@ -9,9 +9,7 @@ from pyvirtio.lab.cpio import Archive
 
 def unpack(archive: Archive, directory: Path) -> None:
     command = ["busybox", "cpio", "-idm"]
-    subprocess.run(
-        command, input=archive.finish(), cwd=directory, check=True, capture_output=True, timeout=30
-    )
+    subprocess.run(command, input=archive.finish(), cwd=directory, check=True, capture_output=True, timeout=30)
 
 
 def test_files_directories_and_links_come_out_as_they_went_in(tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ def test_the_kernel_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(first.parent.iterdir()) == [first]
 
 
-def test_a_kernel_packed_in_an_unknown_way_starts_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_packed_in_an_unknown_way_starts_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kernel = install(tmp_path, "6.1.0-1", bzimage(b"what is this"))
     assert unpack(kernel) == kernel.image

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,8 @@ from pyvirtio.transports.pci import VirtioPci
 NAMES = {f"virtio-{short}-pci": short for short in DEVICES}
 GIVEN = ("name", "device", "accel")
 """The parameters of `VirtioPci` that are not options: `id=` is the name."""
+CHOSEN = ("iothread", "slot")
+"""Those that the machine chooses unless it is told."""
 
 
 def device_class(name: str) -> type[Device]:
@@ -30,7 +33,12 @@ def device_class(name: str) -> type[Device]:
 
 def device_properties(name: str) -> list[Property]:
     """What a device takes: its own properties, then those of its transport."""
-    return [*properties_of(device_class(name)), *properties_of(VirtioPci, GIVEN)]
+    return [*properties_of(device_class(name)), *transport_properties()]
+
+
+def transport_properties() -> list[Property]:
+    found = properties_of(VirtioPci, GIVEN)
+    return [replace(p, default=None) if p.parameter in CHOSEN else p for p in found]
 
 
 def print_devices() -> None:

@@ -7,7 +7,7 @@ from pyvirtio._core import BlkPlane
 from pyvirtio.backends.block import BlockBackend
 from pyvirtio.device import Device, queue
 from pyvirtio.errors import ConfigError
-from pyvirtio.properties import Range
+from pyvirtio.properties import Range, Size
 from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, SECTOR, BlkFeature, DeviceId
 
 
@@ -56,10 +56,10 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         num_queues: Annotated[int, "request queues", Range(1, MAX_QUEUES)] = 1,
         queue_size: Annotated[int, "entries of each ring, a power of two", Range(2, MAX_QUEUE_SIZE)] = 256,
         serial: Annotated[str, "serial number, up to 20 characters (GET_ID)"] = "",
-        logical_block_size: Annotated[int | None, "bytes; the backend's unless given", Range(512, 65536)] = None,
-        physical_block_size: Annotated[int | None, "bytes; the logical one unless given", Range(512, 1 << 21)] = None,
-        min_io_size: Annotated[int, "smallest efficient request, bytes; 0 = not said", Range(0, 1 << 24)] = 0,
-        opt_io_size: Annotated[int, "best request size, bytes; 0 = not said", Range(0, 1 << 31)] = 0,
+        logical_block_size: Annotated[Size | None, "the backend's unless given", Range(512, 65536)] = None,
+        physical_block_size: Annotated[Size | None, "the logical one unless given", Range(512, 1 << 21)] = None,
+        min_io_size: Annotated[Size, "smallest efficient request; 0 = not said", Range(0, 1 << 24)] = 0,
+        opt_io_size: Annotated[Size, "best request size; 0 = not said", Range(0, 1 << 31)] = 0,
         write_cache: Annotated[bool, "start as a write-back cache; off flushes after each write"] = True,
         config_wce: Annotated[bool, "let the driver switch the write cache"] = True,
         discard: Annotated[bool, "offer discard where the backend can"] = True,
@@ -71,11 +71,11 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         self.write_cache = write_cache
         logical = logical_block_size or drive.block_size
         self._check(serial, logical, physical_block_size or logical, min_io_size, opt_io_size)
-        native = hasattr(drive, "fileno")
-        self.device_features = self._features(config_wce, native, discard, write_zeroes)
+        fileno = getattr(drive, "fileno", None)
+        self.device_features = self._features(config_wce, fileno is not None, discard, write_zeroes)
         self._fill_config(logical, physical_block_size or logical, min_io_size, opt_io_size)
         self.plane = BlkPlane(
-            drive.fileno() if native else drive,
+            drive if fileno is None else fileno(),
             capacity=drive.capacity,
             readonly=drive.readonly,
             flush=self._offered(BlkFeature.FLUSH),

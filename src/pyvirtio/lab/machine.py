@@ -72,10 +72,7 @@ class Lab:
                 output(f"lab: timed out after {self.timeout:g} s\n".encode())
                 return TIMED_OUT
             if stream.status is None:
-                output(
-                    b"lab: the machine ended by itself; its last words:\n"
-                    + os.pread(console, _MIB, 0)[-4000:]
-                )
+                output(b"lab: the machine ended by itself; its last words:\n" + os.pread(console, _MIB, 0)[-4000:])
                 return FAILED
             return stream.status
 
@@ -223,9 +220,7 @@ def _host_files() -> Iterator[int]:
             listener.listen(1)
             connection.connect(f"{directory}/virtiofs")
         log = stack.enter_context(_memory_file("virtiofsd", b""))
-        stack.enter_context(
-            _process([daemon, f"--fd={listener.fileno()}", *options], log, (listener.fileno(),))
-        )
+        stack.enter_context(_process([daemon, f"--fd={listener.fileno()}", *options], log, (listener.fileno(),)))
         listener.close()
         yield connection.fileno()
 

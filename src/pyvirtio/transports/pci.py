@@ -69,8 +69,8 @@ class VirtioPci(PciFunction):
         accel: Accelerator,
         *,
         name: str,
-        iothread: Annotated[IoThread, "id of the I/O thread that serves the queues"],
-        slot: int,
+        iothread: Annotated[IoThread, "I/O thread that serves the queues, by default one for all devices"],
+        slot: Annotated[int, "slot on the bus, by default the next free one", Range(1, 31)],
         ioeventfd: Annotated[bool | None, "kicks do not leave the guest; the device type's default"] = None,
         vectors: Annotated[
             int | None, "MSI-X vectors, 0 = INTx only; one more than queues", Range(0, msix.MAX_VECTORS)
