@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use crate::queue::VirtQueue;
     #[pymodule_export]
-    use crate::stand_in::{BlkPlane, IoThread};
+    use crate::stand_in::BlkPlane;
 
     use pyo3::prelude::*;
 
