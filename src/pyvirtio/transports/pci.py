@@ -6,7 +6,7 @@ BARs as in QEMU: 0 legacy registers (I/O), 1 MSI-X, 2 notify register in I/O spa
 import logging
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from threading import RLock
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from pyvirtio.transports.base import Accelerator, DriverState, IoAddress, Undo, 
 from pyvirtio.transports.msix import MsixTable
 from pyvirtio.transports.pci_capabilities import VENDOR_SPECIFIC, CfgType, ConfigWindow, describe
 from pyvirtio.transports.pci_config import (
+    DECODING,
     INTERRUPT_PIN,
     STATUS,
     STATUS_INTERRUPT,
@@ -230,12 +231,10 @@ class VirtioPci(PciFunction):
         self.config.add_capability(VENDOR_SPECIFIC, describe(cfg_type, bar, offset, length, tail))
 
     def _write_config(self, offset: int, size: int, value: int) -> None:
-        if self.changes_decoding(offset, size, value):
-            with self.dataplane.notifiers.moving():
-                super().config_write(offset, size, value)
-            self._follow_command()
-        else:
+        moves = self.config.changes(offset, size, value) & DECODING
+        with self.dataplane.notifiers.moving() if moves else nullcontext():
             super().config_write(offset, size, value)
+        self._follow_command()
         if self.msix is not None and offset < self._msix_control + 2 and offset + size > self._msix_control:
             self.interrupts.set_msix_control(self.config.read(self._msix_control, 2))
         control = self._af + AF_CONTROL - offset
@@ -244,6 +243,7 @@ class VirtioPci(PciFunction):
             self.reset()
 
     def _follow_command(self) -> None:
+        """Make INTx and bus mastering what the command register asks for; does nothing if that has not changed."""
         self.interrupts.disable_intx(Command.INTX_DISABLE in self.command)
         self.driver.bus_master = Command.BUS_MASTER in self.command
 

@@ -8,7 +8,6 @@ from enum import Enum, IntFlag
 COMMAND = 0x04
 STATUS = 0x06
 FIRST_BAR = 0x10
-LAST_BAR_END = 0x28
 CAPABILITY_POINTER = 0x34
 INTERRUPT_LINE = 0x3C
 INTERRUPT_PIN = 0x3D
@@ -25,6 +24,10 @@ class Command(IntFlag):
     MEMORY = 1 << 1
     BUS_MASTER = 1 << 2
     INTX_DISABLE = 1 << 10
+
+
+DECODING = (Command.IO | Command.MEMORY) << 8 * COMMAND | ((1 << 8 * 24) - 1) << 8 * FIRST_BAR
+"""The bits of configuration space that say which addresses a function answers: the BARs, and two of the command."""
 
 
 class BarKind(Enum):
@@ -83,7 +86,6 @@ class ConfigSpace:
     def __init__(self) -> None:
         self._data = bytearray(self.SIZE)
         self._writable = bytearray(self.SIZE)
-        self._initial: bytes | None = None
         self._free = FIRST_CAPABILITY
         self._last_pointer = CAPABILITY_POINTER
 
@@ -106,20 +108,14 @@ class ConfigSpace:
     def read(self, offset: int, size: int) -> int:
         return int.from_bytes(self._data[offset : offset + size], "little")
 
-    def span(self, offset: int, size: int) -> bytes:
-        return bytes(self._data[offset : offset + size])
-
-    def merged(self, offset: int, size: int, value: int) -> bytes:
-        """What the `size` bytes at `offset` become when `value` is written to them."""
-        data = value.to_bytes(size, "little")
-        span = slice(offset, offset + size)
-        return bytes(
-            old & ~mask | new & mask
-            for old, new, mask in zip(self._data[span], data, self._writable[span], strict=False)
-        )
+    def changes(self, offset: int, size: int, value: int) -> int:
+        """The bits that a write would change, numbered from the start of configuration space."""
+        writable = int.from_bytes(self._writable[offset : offset + size], "little")
+        return ((self.read(offset, size) ^ value) & writable) << 8 * offset
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self.put(offset, self.merged(offset, size, value))
+        changed = self.changes(offset, size, value) >> 8 * offset
+        self.put(offset, (self.read(offset, size) ^ changed).to_bytes(size, "little"))
 
     def reset(self) -> None:
         """Everything that software changed goes back to 0; the read-only bits stay."""
@@ -181,19 +177,14 @@ class PciFunction:
                 space = "pio" if bar.kind is BarKind.IO else "mmio"
                 yield Region(space, address, address + bar.size, self, bar.index)
 
-    def changes_decoding(self, offset: int, size: int, value: int) -> bool:
-        """Whether a write would change the command register or a BAR."""
-        touches = (offset < COMMAND + 2 and offset + size > COMMAND) or FIRST_BAR <= offset < LAST_BAR_END
-        return touches and self.config.merged(offset, size, value) != self.config.span(offset, size)
-
     def config_read(self, offset: int, size: int) -> int:
         """Any offset and size within the 256 bytes; never blocks."""
         return self.config.read(offset, size)
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        changed = self.changes_decoding(offset, size, value)
+        moves = self.config.changes(offset, size, value) & DECODING
         self.config.write(offset, size, value)
-        if changed:
+        if moves:
             self.decoding_changed()
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
