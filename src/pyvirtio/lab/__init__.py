@@ -5,6 +5,7 @@ host's root file system is shared into it, so a command runs there as it would h
 slower.
 """
 
+from pyvirtio.lab.kernel import find_kernel
 from pyvirtio.lab.machine import Lab
 
-__all__ = ["Lab"]
+__all__ = ["Lab", "find_kernel"]

@@ -160,15 +160,13 @@ class Stream:
 
 def _script(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """What the shell in the machine does: the caller's environment and directory, then the command."""
-    exports = {name: value for name, value in environment.items() if name.isidentifier()}
-    return (
-        "".join(f"export {line}\n" for line in _assignments(exports | {"PYVIRTIO_LAB": "1"}).splitlines())
-        + f"cd {shlex.quote(os.getcwd())} || exit\nexec {shlex.join(command)}\n"
-    )
+    exports = {name: value for name, value in environment.items() if name.isidentifier()} | {"PYVIRTIO_LAB": "1"}
+    directory = shlex.quote(os.getcwd())
+    return f"{_assignments(exports, 'export ')}cd {directory} || exit\nexec {shlex.join(command)}\n"
 
 
-def _assignments(variables: Mapping[str, str]) -> str:
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
+def _assignments(variables: Mapping[str, str], prefix: str = "") -> str:
+    return "".join(f"{prefix}{name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
 def _append() -> str:
