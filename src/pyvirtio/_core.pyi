@@ -1,7 +1,7 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, final
+from typing import Literal, Protocol, Self, final
 
 from typing_extensions import Buffer
 
@@ -18,7 +18,7 @@ class GuestMemory:
     from one region into an adjacent one. Safe from any thread.
     """
 
-    def __init__(self, regions: Sequence[tuple[int, int, int, int]]) -> None: ...
+    def __new__(cls, regions: Sequence[tuple[int, int, int, int]]) -> Self: ...
     @staticmethod
     def allocate(ranges: Sequence[tuple[int, int]]) -> GuestMemory:
         """Fresh zeroed RAM (one memfd) at each `(guest address, size)`."""
@@ -40,7 +40,7 @@ class IrqLine:
     Several devices may share a line (`IrqLine.share`): it is high while one of them holds it high.
     """
 
-    def __init__(self) -> None:
+    def __new__(cls) -> Self:
         """A line that only remembers its level; `fd` (an eventfd) is signalled whenever it rises."""
     @property
     def level(self) -> bool: ...
@@ -54,7 +54,7 @@ class IrqLine:
 class Isr:
     """The ISR status of one device (virtio 1.3, 4.1.4.5), and its INTx line."""
 
-    def __init__(self, line: IrqLine) -> None: ...
+    def __new__(cls, line: IrqLine) -> Self: ...
     intx_enabled: bool
     def read(self) -> int:
         """Return the bits, clear them and lower the line."""
@@ -64,7 +64,7 @@ class Isr:
 class MsixVector:
     """One MSI-X vector: an eventfd that KVM takes as irqfd, with its mask and pending bits."""
 
-    def __init__(self) -> None: ...
+    def __new__(cls) -> Self: ...
     @property
     def fd(self) -> int: ...
     masked: bool
@@ -75,7 +75,7 @@ class MsixVector:
 class DeviceState:
     """What the queues of one device share: its epoch, whether it is broken, and its configuration interrupt."""
 
-    def __init__(self, name: str, on_broken: Callable[[str], object]) -> None: ...
+    def __new__(cls, name: str, on_broken: Callable[[str], object]) -> Self: ...
     @property
     def name(self) -> str: ...
     @property
@@ -123,7 +123,7 @@ class VirtQueue:
     interrupt decision; chains completed later, from any thread, at once.
     """
 
-    def __init__(self, state: DeviceState, name: str, index: int, max_size: int) -> None: ...
+    def __new__(cls, state: DeviceState, name: str, index: int, max_size: int) -> Self: ...
     @property
     def name(self) -> str: ...
     @property
@@ -182,7 +182,7 @@ class VirtQueue:
 class IoThread:
     """The loop of an I/O thread: waits for kicks and serves the queues. `run` is the target of a Python thread."""
 
-    def __init__(self, *, poll_max_ns: int = 32768, poll_grow: int = 0, poll_shrink: int = 0) -> None: ...
+    def __new__(cls, *, poll_max_ns: int = 32768, poll_grow: int = 0, poll_shrink: int = 0) -> Self: ...
     poll_max_ns: int
     def run(self) -> None:
         """Serve until `close`; call it once, on a thread made by Python."""
@@ -199,8 +199,8 @@ class BlkPlane:
     bytes. One plane may serve any number of queues.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         backend: int | BlockBackend,
         *,
         capacity: int,
@@ -213,7 +213,7 @@ class BlkPlane:
         max_discard_sectors: int = 0,
         max_write_zeroes_sectors: int = 0,
         max_discard_segments: int = 1,
-    ) -> None: ...
+    ) -> Self: ...
     writethrough: bool
     """Flush after every write (the driver did not take VIRTIO_BLK_F_FLUSH, or switched the cache off)."""
     @property
@@ -235,7 +235,7 @@ class Serial:
     A reader that takes nothing for 100 ms loses bytes until it reads again: the vCPU never waits longer.
     """
 
-    def __init__(self, line: IrqLine, out_fd: int) -> None: ...
+    def __new__(cls, line: IrqLine, out_fd: int) -> Self: ...
     def receive(self, data: Buffer) -> int:
         """Queue what somebody typed; return how many bytes the FIFO took."""
 
@@ -243,7 +243,7 @@ class Serial:
 class Vm:
     """A virtual machine of `/dev/kvm`. Errors are `OSError`."""
 
-    def __init__(self, device: str = "/dev/kvm") -> None: ...
+    def __new__(cls, device: str = "/dev/kvm") -> Self: ...
     def set_memory(self, memory: GuestMemory) -> None: ...
     def add_rom(self, address: int, data: bytes) -> None:
         """A read-only slot; the guest's writes to it become MMIO exits."""
