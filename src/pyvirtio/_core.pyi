@@ -1,13 +1,30 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, Self, final
+from typing import Literal, Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer
 
 from pyvirtio.backends.block import BlockBackend
 
-Handler = Callable[["VirtQueue"], object] | "BlkPlane"
+__all__ = [
+    "BlkPlane",
+    "Chain",
+    "DeviceState",
+    "GuestMemory",
+    "IoThread",
+    "IrqLine",
+    "Isr",
+    "MsixVector",
+    "Serial",
+    "Vcpu",
+    "VirtQueue",
+    "Vm",
+    "supported",
+    "tsc",
+]
+
+_Handler = Callable[["VirtQueue"], object] | "BlkPlane"
 
 @final
 class GuestMemory:
@@ -143,7 +160,7 @@ class VirtQueue:
     def start(
         self,
         memory: GuestMemory,
-        handler: Handler,
+        handler: _Handler,
         *,
         size: int,
         desc: int,
@@ -220,6 +237,7 @@ class BlkPlane:
     def counters(self) -> dict[str, int]:
         """reads, writes, flushes, discards, errors, bytes_read, bytes_written."""
 
+@type_check_only
 class Bus(Protocol):
     """Where the accesses of a vCPU go that KVM does not handle."""
 
