@@ -1,0 +1,178 @@
+"""From `--object`, `--drive` and `--device` to a board with its devices, and the description of one."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyvirtio.backends.block import BlockBackend, File
+from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
+from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
+from pyvirtio.dataplane import IoThread
+from pyvirtio.device import Device
+from pyvirtio.errors import ConfigError
+from pyvirtio.properties import bind, bind_each, properties_of, show_size, unknown
+from pyvirtio.transports.pci import VirtioPci
+from pyvirtio.transports.pci_config import Bar, BarKind
+from pyvirtio.vmm.board import Board
+
+DISK = "virtio-blk-pci"
+
+
+@dataclass
+class Drive:
+    """One `--drive`. `used_by` is the name of its device."""
+
+    id: str
+    backend: File
+    on_its_own: bool
+    used_by: str | None = None
+
+
+def show_help(args: argparse.Namespace) -> bool:
+    """Print the tables that the options ask for with `help`; whether there were any."""
+    asked = False
+    for text in args.device:
+        options = parse(text, implied="driver")
+        if wants_help(options):
+            asked = True
+            driver = options.get("driver", "help")
+            print_devices() if driver in ("help", "?") else print_device(driver)
+    for text in args.object:
+        if wants_help(parse(text, implied="qom-type")):
+            asked = True
+            print_properties("--object iothread", properties_of(IoThread, ("name",)))
+    return asked
+
+
+def plug(board: Board, args: argparse.Namespace) -> None:
+    """Add to the board everything that the options name; it closes it all."""
+    for text in args.object:
+        _add_iothread(board, parse(text, implied="qom-type"))
+    drives = _open_drives(board, args.drive)
+    for text in args.device:
+        _add_device(board, drives, parse(text, implied="driver"))
+    for drive in drives.values():
+        if drive.used_by is None and drive.on_its_own:
+            _add_device(board, drives, {"driver": DISK, "drive": drive.id})
+
+
+def _add_iothread(board: Board, options: dict[str, str]) -> None:
+    kind = take(options, "qom-type", "--object")
+    if kind != "iothread":
+        raise ConfigError(unknown("--object", "type", kind, ["iothread"]))
+    name = take_id(options, board.iothreads, "--object iothread")
+    board.add_iothread(name, **bind(IoThread, options, name, given=("name",)))
+
+
+def _open_drives(board: Board, texts: list[str]) -> dict[str, Drive]:
+    drives: dict[str, Drive] = {}
+    for text in texts:
+        drive = _open_drive(parse(text), drives)
+        board.on_close(drive.backend.close)
+        drives[drive.id] = drive
+    return drives
+
+
+def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
+    name = take_id(options, drives, "--drive", otherwise=f"drive{len(drives)}")
+    path = take(options, "file", name)
+    image_format = options.pop("format", "raw")
+    if image_format != "raw":
+        raise ConfigError(f"{name}: format={image_format} is not supported: raw")
+    interface = options.pop("if", "virtio")
+    if interface not in ("virtio", "none"):
+        raise ConfigError(f"{name}: if={interface} is not allowed: virtio or none")
+    readonly = options.pop("readonly", "off")
+    if readonly not in ("on", "off"):
+        raise ConfigError(f"{name}: readonly={readonly} is not allowed: on or off")
+    if options:
+        raise ConfigError(unknown(name, "property", next(iter(options)), ["file", "id", "format", "readonly", "if"]))
+    return Drive(name, File(Path(path), readonly=readonly == "on"), on_its_own=interface == "virtio")
+
+
+def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str]) -> None:
+    driver = take(options, "driver", "--device")
+    options = {"slot": str(board.free_slot), "iothread": board.iothread.name} | options
+    cls = device_class(driver)
+    taken = {function.name: function for function in board.devices}
+    name = take_id(options, taken, driver, otherwise=_next_name(cls, taken))
+    references: dict[type, dict[str, object]] = {
+        BlockBackend: {drive.id: drive.backend for drive in drives.values()},
+        IoThread: dict(board.iothreads),
+    }
+    own, pci = bind_each((cls, VirtioPci), options, name, references, GIVEN)
+    for drive in drives.values():
+        if drive.backend in own.values():
+            if drive.used_by:
+                raise ConfigError(f"{name}: drive={drive.id} is in use by {drive.used_by}")
+            drive.used_by = name
+    board.add(_make(cls, own, name), name, **pci)
+
+
+def _make(cls: type[Device], properties: dict[str, object], name: str) -> Device:
+    try:
+        return cls(**properties)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _next_name(cls: type[Device], taken: dict[str, VirtioPci]) -> str:
+    """blk0, blk1, ... as messages and the monitor call devices without an id."""
+    kind, number = cls.__name__.lower(), 0
+    while f"{kind}{number}" in taken:
+        number += 1
+    return f"{kind}{number}"
+
+
+def describe(board: Board, args: argparse.Namespace) -> None:
+    """What `--dry-run` prints: the machine, its devices and where they are."""
+    board.pci.assign_bars()
+    devices = [_description(function) for function in board.devices]
+    boots = str(args.kernel or args.firmware)
+    if args.json:
+        machine = {"boots": boots, "memory": args.memory, "cpus": args.smp, "iothreads": [*board.iothreads]}
+        print(json.dumps({**machine, "devices": devices}, indent=2))
+        return
+    print(
+        f"{boots} on {args.smp} CPUs with {show_size(args.memory)} of memory, I/O threads: {', '.join(board.iothreads)}"
+    )
+    columns = ("device", "slot", "type", "queues", "vectors", "ioeventfd", "iothread", "backend")
+    print_table("devices", columns, [[_cell(device[column]) for column in columns] for device in devices])
+    rows = [(device["device"], *map(str, bar.values())) for device in devices for bar in device["bars"]]
+    print_table("BARs", ("device", "bar", "space", "address", "size"), rows)
+
+
+def _description(function: VirtioPci) -> dict[str, Any]:
+    dataplane = function.dataplane
+    backend = getattr(function.device, "drive", None)
+    return {
+        "device": function.name,
+        "slot": function.slot,
+        "type": type(function.device).__name__,
+        "queues": {vq.name: vq.max_size for vq in dataplane.queues},
+        "vectors": function.msix.count if function.msix else 0,
+        "ioeventfd": function.ioeventfd,
+        "iothread": dataplane.iothread.name,
+        "backend": _backend_text(backend) if backend else None,
+        "bars": [_bar_description(function, bar) for bar in function.bars],
+    }
+
+
+def _backend_text(backend: BlockBackend) -> str:
+    what = getattr(backend, "path", type(backend).__name__)
+    return f"{what} ({show_size(backend.capacity)}{', read-only' if backend.readonly else ''})"
+
+
+def _bar_description(function: VirtioPci, bar: Bar) -> dict[str, Any]:
+    space = "I/O" if bar.kind is BarKind.IO else "memory"
+    return {"bar": bar.index, "space": space, "address": f"{function.bar_address(bar):#x}", "size": show_size(bar.size)}
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {size}" for name, size in value.items())
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "-" if value is None else str(value)

@@ -1,0 +1,156 @@
+"""`pyvirtio run`: boot a kernel or firmware in a virtual machine, with its console on the terminal."""
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pyvirtio.accel.host import linux_capable
+from pyvirtio.cli import plug
+from pyvirtio.errors import ConfigError
+from pyvirtio.properties import parse_size
+from pyvirtio.vmm.board import Board, allocate
+from pyvirtio.vmm.boot import Kernel, LinuxBoot, read_file
+from pyvirtio.vmm.firmware import Firmware
+from pyvirtio.vmm.machine import Machine, Outcome
+from pyvirtio.vmm.monitor import Monitor
+from pyvirtio.vmm.serial import Console
+
+STDIN, STDOUT = 0, 1
+ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+DRIVE_HELP = """\
+a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,if=virtio|none]. A drive that no --device names
+becomes a virtio-blk-pci disk of its own, unless if=none"""
+EPILOG = """\
+On a terminal: C-a x ends the machine, C-a c switches to the monitor and back, C-a h shows more.
+Exit status: 0 after a poweroff or quit, 1 after a crash, 2 for a mistake on the command line, 128 + N after signal N.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    boot = parser.add_argument_group("what to boot")
+    boot.add_argument("--kernel", type=Path, metavar="FILE", help="a bzImage, such as /boot/vmlinuz-*")
+    boot.add_argument("--initrd", type=Path, metavar="FILE", help="its initial RAM disk")
+    boot.add_argument("--append", default="", metavar="TEXT", help="its command line")
+    boot.add_argument("--firmware", type=Path, metavar="FILE", help="boot SeaBIOS or the like instead of a kernel")
+    board = parser.add_argument_group("the machine")
+    board.add_argument("-m", "--memory", type=_memory, default="512M", metavar="SIZE", help="RAM; MiB without a suffix")
+    board.add_argument("--smp", type=_cpus, default="1", metavar="N", help="number of CPUs")
+    board.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help=DRIVE_HELP)
+    board.add_argument(
+        "--device", action="append", default=[], metavar="NAME[,OPTIONS]",
+        help="a device; `help` lists them, `NAME,help` its properties",
+    )  # fmt: skip
+    board.add_argument(
+        "--object", action="append", default=[], metavar="iothread,id=ID[,OPTIONS]",
+        help="an I/O thread that devices can name; `iothread,help` lists its properties",
+    )  # fmt: skip
+    board.add_argument("--serial", default="stdio", metavar="WHERE", help="stdio (default), null or file:PATH")
+    board.add_argument("--debugcon", metavar="FILE", type=Path, help="where firmware writes its log (port 0x402)")
+    run = parser.add_argument_group("how to run it")
+    run.add_argument("--no-reboot", action="store_true", help="end when the guest resets itself")
+    run.add_argument("--dry-run", action="store_true", help="show what would be built, and end")
+    run.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_size(text, unit="m")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 512M or 2G") from None
+
+
+def _cpus(text: str) -> int:
+    number = text.removeprefix("cpus=")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of CPUs")
+    return int(number)
+
+
+def main(args: argparse.Namespace) -> int:
+    if plug.show_help(args):
+        return 0
+    boot = _read_boot(args)
+    if args.dry_run:
+        from pyvirtio.accel.inproc import InProcess
+
+        with Board(InProcess(allocate(args.memory))) as board:
+            plug.plug(board, args)
+            plug.describe(board, args)
+        return 0
+    return _run(boot, args)
+
+
+def _read_boot(args: argparse.Namespace) -> LinuxBoot | Firmware:
+    if args.firmware and not args.kernel:
+        return Firmware.read(args.firmware)
+    if args.firmware or not args.kernel:
+        raise ConfigError("run: give what to boot, either --kernel FILE or --firmware FILE")
+    initrd = read_file(args.initrd, "initrd") if args.initrd else b""
+    return LinuxBoot(Kernel.read(args.kernel), initrd, args.append.encode(), args.memory)
+
+
+def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
+    reason = linux_capable()
+    if isinstance(boot, LinuxBoot) and reason:
+        raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
+    with ExitStack() as stack:
+        output, debug = _serial_output(args.serial, stack), _debug_output(args.debugcon, stack)
+        machine = stack.enter_context(
+            Machine(boot, memory=args.memory, smp=args.smp, console_fd=output, debug_fd=debug)
+        )
+        plug.plug(machine, args)
+        caught = stack.enter_context(_quit_on_signals(machine))
+        if args.serial == "stdio":
+            monitor = Monitor(machine.devices, list(machine.iothreads.values()), machine.quit)
+            stack.enter_context(Console(machine.serial.receive, monitor.execute, machine.quit, STDIN, STDOUT))
+        outcome = machine.run(reboot=not args.no_reboot)
+        if caught:
+            return 128 + caught[0]
+        return 1 if outcome is Outcome.CRASH else 0
+
+
+@contextmanager
+def _quit_on_signals(machine: Machine) -> Iterator[list[int]]:
+    """End the machine in an orderly way on SIGTERM and the like; the list names those that came."""
+    caught: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        caught.append(number)
+        machine.quit()
+
+    before = {number: signal.signal(number, handle) for number in ORDERLY}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serial_output(where: str, stack: ExitStack) -> int:
+    """The file descriptor that the serial port writes to."""
+    if where == "stdio":
+        return STDOUT
+    if where == "null":
+        return _open_for_writing(Path(os.devnull), "serial", stack)
+    kind, _, path = where.partition(":")
+    if kind != "file" or not path:
+        raise ConfigError(f"--serial {where}: allowed are stdio, null and file:PATH")
+    return _open_for_writing(Path(path), "serial", stack)
+
+
+def _debug_output(path: Path | None, stack: ExitStack) -> int | None:
+    return None if path is None else _open_for_writing(path, "debugcon", stack)
+
+
+def _open_for_writing(path: Path, what: str, stack: ExitStack) -> int:
+    try:
+        file = stack.enter_context(path.open("wb", buffering=0))
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}") from None
+    return file.fileno()

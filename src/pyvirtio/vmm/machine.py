@@ -1,0 +1,172 @@
+"""A virtual machine on `/dev/kvm`: CPUs and the chips around them, from the first boot to the last."""
+
+import logging
+import os
+import threading
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
+
+from pyvirtio import _core
+from pyvirtio._core import Vcpu
+from pyvirtio.accel.kvm import Kvm
+from pyvirtio.errors import ConfigError
+from pyvirtio.vmm import acpi, layout, platform
+from pyvirtio.vmm.board import Board, allocate
+from pyvirtio.vmm.boot import LinuxBoot
+from pyvirtio.vmm.bus import SystemBus
+from pyvirtio.vmm.firmware import Firmware
+
+MAX_CPUS = 128
+STDOUT = 1
+
+log = logging.getLogger("pyvirtio")
+
+
+class Outcome(Enum):
+    """Why the guest stopped running."""
+
+    POWEROFF = auto()
+    RESET = auto()
+    CRASH = auto()
+    """A triple fault. Without `reboot` this is the end, otherwise it is a reset, as on hardware."""
+    QUIT = auto()
+    """Somebody called `quit`."""
+
+
+class Machine(Board):
+    """A VM that boots `boot`, a kernel or firmware; its serial port writes to `console_fd`.
+
+    `memory` is in bytes. Add devices, then call `run`. `quit` may be called from any thread and from signal
+    handlers; everything else belongs to one thread.
+    """
+
+    def __init__(
+        self,
+        boot: LinuxBoot | Firmware,
+        *,
+        memory: int,
+        smp: int = 1,
+        console_fd: int = STDOUT,
+        debug_fd: int | None = None,
+    ) -> None:
+        if not 1 <= smp <= MAX_CPUS:
+            raise ConfigError(f"smp {smp}: allowed are 1 to {MAX_CPUS} CPUs")
+        kvm = Kvm(allocate(memory))
+        super().__init__(kvm)
+        self.boot = boot
+        self.smp = smp
+        self.vm = kvm.vm
+        self.memory = kvm.memory
+        self.serial = _core.Serial(self.vm.irq_line(layout.COM1_IRQ), console_fd)
+        self.vm.attach_serial(self.serial, layout.COM1_PORT)
+        self.power = platform.PowerManagement(lambda: self._events.put(Outcome.POWEROFF))
+        self._chips: list[platform.PortDevice] = [
+            self.power,
+            platform.ResetControl(lambda: self._events.put(Outcome.RESET)),
+            platform.SystemControlB(),
+            platform.Cmos(platform.firmware_settings(memory, smp)),
+        ]
+        if isinstance(boot, Firmware):
+            self.vm.add_rom(boot.address, boot.image)
+        if debug_fd is not None:
+            self._chips.append(platform.DebugPort(lambda data: os.write(debug_fd, data)))
+        self._vcpus = [self.vm.create_vcpu(index) for index in range(smp)]
+        for vcpu in self._vcpus:
+            vcpu.set_cpuid(smp)
+        self._threads: list[threading.Thread] = []
+        self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+    def run(self, *, reboot: bool = True) -> Outcome:
+        """Run the guest until it powers off, or `quit`; with `reboot`, through any number of resets.
+
+        An error on a vCPU thread is raised here. The guest is stopped when this returns.
+        """
+        bus = SystemBus(self.pci, self._chips)
+        self.pci.assign_bars()
+        while True:
+            self._load()
+            outcome = self._run_once(bus)
+            if outcome is Outcome.CRASH:
+                log.warning("the guest crashed (triple fault)")
+            if outcome in (Outcome.POWEROFF, Outcome.QUIT) or not reboot:
+                return outcome
+            self._reset()
+
+    def quit(self) -> None:
+        """Make `run` return `QUIT` soon."""
+        self._events.put(Outcome.QUIT)
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """Userspace exits of all CPUs by kind."""
+        kinds = [vcpu.exits for vcpu in self._vcpus]
+        return {kind: sum(exits[kind] for exits in kinds) for kind in kinds[0]}
+
+    def close(self) -> None:
+        self._stop_cpus()
+        super().close()
+        # Whoever holds the last of these closes the VM's file descriptors.
+        self._vcpus.clear()
+        self._chips.clear()
+        del self.serial, self.vm, self.accel
+
+    def _load(self) -> None:
+        """Put into memory what the first CPU starts with, and point it there."""
+        if isinstance(self.boot, Firmware):
+            self.memory.write(*self.boot.shadow)
+        else:
+            self.memory.write(acpi.RSDP, acpi.build(self.smp))
+            entry = self.boot.load(self.memory, acpi.RSDP)
+            self._vcpus[0].set_linux_entry(entry, layout.BOOT_PARAMS)
+
+    def _run_once(self, bus: SystemBus) -> Outcome:
+        self._start_cpus(bus)
+        try:
+            event = self._events.get()
+        finally:
+            self._stop_cpus()
+        # More may have been said while the CPUs stopped; only the user's word counts still.
+        while event is not Outcome.QUIT:
+            try:
+                later = self._events.get_nowait()
+            except Empty:
+                break
+            event = later if later is Outcome.QUIT else event
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def _start_cpus(self, bus: SystemBus) -> None:
+        self._stopping = False
+        for index, vcpu in enumerate(self._vcpus):
+            thread = threading.Thread(target=self._run_cpu, args=(vcpu, bus), name=f"pyvirtio cpu{index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _stop_cpus(self) -> None:
+        self._stopping = True
+        for vcpu, _ in zip(self._vcpus, self._threads, strict=False):
+            vcpu.stop()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _run_cpu(self, vcpu: Vcpu, bus: SystemBus) -> None:
+        try:
+            # A request to stop may be left over from the last boot.
+            while not self._stopping:
+                if vcpu.run(bus) in ("shutdown", "reset"):
+                    self._events.put(Outcome.CRASH)
+                    return
+        except BaseException as error:  # also the defects of our own that a guest's access found
+            self._events.put(error)
+
+    def _reset(self) -> None:
+        """What the reset line does: CPUs, interrupt controllers, devices and the PCI bus start over."""
+        log.info("reset")
+        self.pci.reset()
+        self.pci.assign_bars()
+        self.power.reset()
+        for vcpu in self._vcpus:
+            vcpu.reset()
+        self.vm.reset()

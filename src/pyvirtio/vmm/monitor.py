@@ -1,0 +1,144 @@
+"""The monitor: a few commands to look at a running machine and to switch what may be switched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvirtio.dataplane import IoThread
+    from pyvirtio.transports.pci import VirtioPci
+
+PROMPT = "(pyvirtio) "
+HELP = """\
+info devices                    the devices, their slots and what their drivers did
+info queues                     per queue: size, how its kicks travel, counters
+set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
+set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
+help                            this list
+quit                            end the machine
+"""
+COUNTERS = ("notifies", "kicks", "wakeups", "chains", "interrupts", "suppressed")
+
+
+class Monitor:
+    """Executes a command line, on any thread; the answer is text for a person, one line for a mistake."""
+
+    def __init__(self, devices: Sequence[VirtioPci], iothreads: Sequence[IoThread], quit: Callable[[], object]) -> None:
+        self.devices = devices
+        self.iothreads = iothreads
+        self.quit = quit
+
+    def execute(self, line: str) -> str:
+        match line.split():
+            case []:
+                return ""
+            case ["help" | "?"]:
+                return HELP
+            case ["info", "devices"]:
+                return self.info_devices()
+            case ["info", "queues"]:
+                return self.info_queues()
+            case ["info", *_]:
+                return "info: known are: devices, queues\n"
+            case ["set", name, value]:
+                return self.set(name, value)
+            case ["set", *_]:
+                return "set: write for example: set blk0.ioeventfd off\n"
+            case ["quit" | "q"]:
+                self.quit()
+                return ""
+            case [command, *_]:
+                return f"unknown command {command!r}; known are: info, set, help, quit\n"
+        raise AssertionError(line)
+
+    def info_devices(self) -> str:
+        rows = [("device", "slot", "type", "status", "interrupts", "ioeventfd")]
+        for device in self.devices:
+            kind = type(device.device).__name__.lower()
+            ioeventfd = "on" if device.ioeventfd else "off"
+            rows.append((device.name, str(device.slot), kind, status_text(device), interrupts(device), ioeventfd))
+        return format_table(rows)
+
+    def info_queues(self) -> str:
+        rows: list[Sequence[str]] = [("queue", "size", *COUNTERS, "kicks arrive by")]
+        for device in self.devices:
+            for vq in device.dataplane.queues:
+                counters = vq.counters
+                numbers = (str(counters[name]) for name in COUNTERS)
+                mode = device.dataplane.notifiers.mode(vq.index)
+                rows.append((f"{device.name}.{vq.name}", str(vq.size or "-"), *numbers, mode))
+        return format_table(rows)
+
+    def set(self, name: str, value: str) -> str:
+        owner, _, key = name.rpartition(".")
+        for device in self.devices:
+            if device.name == owner:
+                return self._set_ioeventfd(device, key, value)
+        for iothread in self.iothreads:
+            if iothread.name == owner:
+                return self._set_poll(iothread, key, value)
+        known = ", ".join([d.name for d in self.devices] + [t.name for t in self.iothreads])
+        return f"set {name}: no such device or I/O thread; there are: {known}\n"
+
+    def _set_ioeventfd(self, device: VirtioPci, key: str, value: str) -> str:
+        if key.replace("_", "-") != "ioeventfd":
+            return f"set {device.name}.{key}: only ioeventfd can be switched while the machine runs\n"
+        if value not in ("on", "off"):
+            return f"set {device.name}.{key} {value}: allowed are on and off\n"
+        device.ioeventfd = value == "on"
+        return ""
+
+    def _set_poll(self, iothread: IoThread, key: str, value: str) -> str:
+        if key.replace("_", "-") != "poll-max-ns":
+            return f"set {iothread.name}.{key}: only poll-max-ns can be changed while the machine runs\n"
+        if not value.isdecimal() or int(value) > 10**9:
+            return f"set {iothread.name}.{key} {value}: allowed is a number of ns up to 1000000000\n"
+        iothread.loop.poll_max_ns = int(value)
+        return ""
+
+
+def status_text(device: VirtioPci) -> str:
+    """The driver's status bits by name, or "-" while there is no driver."""
+    return "+".join(bit.name or "" for bit in device.driver.status) or "-"
+
+
+def interrupts(device: VirtioPci) -> str:
+    if device.msix is not None and device.msix.enabled:
+        return f"msi-x ({device.msix.count})"
+    return "intx"
+
+
+class LineEditor:
+    """Puts keys together to lines and shows the answers. Backspace and Ctrl-U work, other control keys are ignored."""
+
+    BACKSPACE, CTRL_U = (0x08, 0x7F), 0x15
+
+    def __init__(self, execute: Callable[[str], str], show: Callable[[str], object]) -> None:
+        self.execute = execute
+        self.show = show
+        self._line = ""
+
+    def feed(self, byte: int) -> None:
+        if byte in b"\r\n":
+            line, self._line = self._line, ""
+            self.show("\n" + self.execute(line) + PROMPT)
+        elif byte in self.BACKSPACE:
+            self._erase(self._line[-1:])
+        elif byte == self.CTRL_U:
+            self._erase(self._line)
+        elif 0x20 <= byte < 0x7F:
+            self._line += chr(byte)
+            self.show(chr(byte))
+
+    def _erase(self, tail: str) -> None:
+        self._line = self._line[: len(self._line) - len(tail)]
+        self.show("\b \b" * len(tail))
+
+
+def format_table(rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they have to be, two spaces apart."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "".join(line.rstrip() + "\n" for line in lines)
