@@ -92,12 +92,12 @@ install_missing() {
 
 # Ubuntu keeps kernels readable by root only; a guest boots from a copy.
 readable_kernels() {
-    local kernel copy
+    local kernel copy cache="${XDG_CACHE_HOME:-$HOME/.cache}/pyvirtio"
     for kernel in /boot/vmlinuz-*; do
-        copy="build/boot/${kernel##*/}"
+        copy="$cache/${kernel##*/}"
         if [ -e "$kernel" ] && [ ! -r "$kernel" ] && [ ! -e "$copy" ] && as_root true 2>/dev/null; then
-            say "copying $kernel, which only root may read, to $copy"
-            mkdir -p build/boot
+            say "copying $kernel, which only root may read, to $cache"
+            mkdir -p "$cache"
             as_root install -m 0644 "$kernel" "$copy" || say "could not read $kernel"
         fi
     done
@@ -167,4 +167,8 @@ set_up() {
     find_cargo
     make_venv
     build_extension
+}
+
+linux_runs_here() {
+    .venv/bin/python -c 'import sys; from pyvirtio.accel.host import linux_capable; sys.exit(linux_capable() is not None)'
 }

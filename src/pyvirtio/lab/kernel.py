@@ -71,7 +71,7 @@ def module_name(file: str) -> str:
 def find_kernel(version: str | None = None, root: Path = Path("/")) -> Kernel:
     """That version, else the newest cloud kernel (small, boots fastest), else the newest with modules."""
     found = [
-        Kernel(name, image, root / "lib/modules" / name)
+        Kernel(name, _readable(image), root / "lib/modules" / name)
         for image in (root / "boot").glob("vmlinuz-*")
         if (root / "lib/modules" / (name := image.name.removeprefix("vmlinuz-")) / "modules.dep").exists()
         and version in (None, name)
@@ -123,6 +123,12 @@ def _payload(image: bytes) -> bytes:
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = (setup_sectors + 1) * 512 + offset
     return image[start : start + length]
+
+
+def _readable(image: Path) -> Path:
+    """The image, or the copy that set-up made of one that only root may read, as on Ubuntu."""
+    copy = _cache() / image.name
+    return copy if not os.access(image, os.R_OK) and copy.exists() else image
 
 
 def _cache() -> Path:
