@@ -29,7 +29,13 @@ unsafe impl Sync for Segments {}
 
 impl Segments {
     /// Add the buffer of one descriptor.
-    pub(crate) fn push(&mut self, memory: &GuestMemory, address: u64, length: u32, writable: bool) -> Result<(), GuestError> {
+    pub(crate) fn push(
+        &mut self,
+        memory: &GuestMemory,
+        address: u64,
+        length: u32,
+        writable: bool,
+    ) -> Result<(), GuestError> {
         if !writable && self.readable < self.pieces.len() {
             return Err(GuestError("a device-readable buffer after a device-writable one".into()));
         }
@@ -129,7 +135,14 @@ pub struct Chain {
 }
 
 impl Chain {
-    pub(crate) fn new(vq: Arc<VirtQueue>, memory: GuestMemory, head: u16, segments: Segments, epoch: u64, run: u64) -> Self {
+    pub(crate) fn new(
+        vq: Arc<VirtQueue>,
+        memory: GuestMemory,
+        head: u16,
+        segments: Segments,
+        epoch: u64,
+        run: u64,
+    ) -> Self {
         Self {
             reader: Cursor::over(segments.readable()),
             writer: Cursor::over(segments.writable()),
@@ -243,7 +256,6 @@ impl Chain {
         }
         self.live(|| self.vq.put(self.head, self.written))?;
         self.completed = true;
-        self.vq.publish_late();
         Ok(())
     }
 }

@@ -11,9 +11,8 @@ use crate::queue::VirtQueue;
 
 /// The handler an object of Python stands for, called with `vq`.
 pub fn handler(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Arc<dyn Handler> {
-    native(object).unwrap_or_else(|| {
-        Arc::new(PythonHandler { callable: object.clone().unbind(), vq: vq.clone().unbind() })
-    })
+    native(object)
+        .unwrap_or_else(|| Arc::new(PythonHandler { callable: object.clone().unbind(), vq: vq.clone().unbind() }))
 }
 
 /// A handler that runs without Python.

@@ -1,13 +1,16 @@
 //! A virtqueue: takes chains from a ring, hands them to a handler and gives them back (virtio 1.3, 2.6).
 
+pub mod doorbell;
 pub mod notify;
+mod service;
 mod split;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use self::notify::{Doorbell, Drained, Pass, Serve};
+use self::doorbell::{Doorbell, Drained};
+use self::service::{this_thread, Active, Served};
 use self::split::SplitRing;
 use crate::chain::Chain;
 use crate::counters::Counters;
@@ -17,10 +20,7 @@ use crate::memory::GuestMemory;
 use crate::sync::EventFd;
 use crate::GuestError;
 
-/// Chains one service takes at most before it lets others have the thread.
-const BUDGET: u32 = 256;
-
-/// Serves a queue. Never runs twice at once for one queue.
+/// Serves a queue; never runs twice at once for one queue.
 pub trait Handler: Send + Sync {
     /// Pop what you want and complete it, now or later. Taking nothing ends the service.
     fn handle(&self, vq: &Arc<VirtQueue>);
@@ -40,21 +40,6 @@ pub struct RingConfig {
     pub next_used: u16,
 }
 
-/// The layouts of a ring; the packed one is to join here.
-enum Ring {
-    Split(SplitRing),
-}
-
-/// What a queue has while it is started.
-struct Active {
-    ring: Ring,
-    handler: Arc<dyn Handler>,
-    in_flight: u16,
-    /// Chains that may still be taken in this service, and those taken in this pass.
-    budget: u32,
-    taken: u32,
-}
-
 pub struct VirtQueue {
     state: Arc<DeviceState>,
     name: String,
@@ -69,17 +54,6 @@ pub struct VirtQueue {
     interrupt: RwLock<Option<Interrupt>>,
     pub counters: Counters,
 }
-
-thread_local! {
-    static HERE: u8 = const { 0 };
-}
-
-fn this_thread() -> usize {
-    HERE.with(|here| std::ptr::from_ref(here) as usize)
-}
-
-/// Placeholder until the doorbell's service calls back with the queue.
-struct Served<'a>(&'a Arc<VirtQueue>);
 
 impl VirtQueue {
     pub fn new(state: Arc<DeviceState>, name: String, index: u16, max_size: u16) -> std::io::Result<Self> {
@@ -146,7 +120,7 @@ impl VirtQueue {
         if active.is_some() {
             return Err(named(GuestError("the queue is started already".into())));
         }
-        *active = Some(Active { ring: Ring::Split(ring), handler, in_flight: 0, budget: BUDGET, taken: 0 });
+        *active = Some(Active::new(ring, handler));
         Ok(())
     }
 
@@ -186,22 +160,23 @@ impl VirtQueue {
 
     fn try_pop(self: &Arc<Self>) -> Result<Option<Chain>, GuestError> {
         let inside = self.is_server();
+        // Held throughout: a chain of a new ring must not get an old epoch.
+        let epoch = self.state.epoch();
         if self.state.is_broken() {
             return Ok(None);
         }
-        let epoch = *self.state.epoch();
         let mut active = self.active();
         let Some(active) = active.as_mut() else {
             return Ok(None);
         };
-        if inside && (active.budget == 0 || self.doorbell.entry.is_awaited()) {
+        if inside && self.doorbell.entry.is_awaited() {
             return Ok(None);
         }
         let Some((head, segments)) = active.take(inside)? else {
             return Ok(None);
         };
         self.counters.chains.add(1);
-        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), head, segments, epoch, self.run())))
+        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), head, segments, *epoch, self.run())))
     }
 
     fn fail(&self, error: &GuestError) {
@@ -212,7 +187,8 @@ impl VirtQueue {
         self.state.fail(&format!("{}: a chain was dropped without complete()", self.name));
     }
 
-    /// Write a used entry. The caller holds the state's epoch.
+    /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
+    /// The caller holds the state's epoch.
     pub(crate) fn put(&self, head: u16, length: u32) {
         if let Some(active) = self.active().as_mut() {
             active.in_flight = active.in_flight.saturating_sub(1);
@@ -220,10 +196,6 @@ impl VirtQueue {
                 active.ring.put(head, length);
             }
         }
-    }
-
-    /// Publish at once, unless the service is about to.
-    pub(crate) fn publish_late(&self) {
         if !self.is_server() {
             self.publish();
         }
@@ -306,121 +278,5 @@ impl VirtQueue {
     /// Ask for kicks again; true if something came meanwhile, which then is the caller's to drain.
     pub fn rearm(&self) -> bool {
         !self.state.is_broken() && self.active().as_mut().is_some_and(|active| active.ring.rearm())
-    }
-}
-
-impl Active {
-    fn take(&mut self, inside: bool) -> Result<Option<(u16, crate::chain::Segments)>, GuestError> {
-        let taken = self.ring.take(inside)?;
-        if taken.is_some() {
-            if self.in_flight == self.ring.size() {
-                return Err(GuestError(format!("more chains in flight than the queue has entries ({})", self.ring.size())));
-            }
-            self.in_flight += 1;
-            if inside {
-                self.budget -= 1;
-                self.taken += 1;
-            }
-        }
-        Ok(taken)
-    }
-}
-
-impl Ring {
-    fn size(&self) -> u16 {
-        let Self::Split(ring) = self;
-        ring.size()
-    }
-    fn memory(&self) -> &GuestMemory {
-        let Self::Split(ring) = self;
-        ring.memory()
-    }
-    fn position(&self) -> (u16, u16) {
-        let Self::Split(ring) = self;
-        ring.position()
-    }
-    fn take(&mut self, inside: bool) -> Result<Option<(u16, crate::chain::Segments)>, GuestError> {
-        let Self::Split(ring) = self;
-        ring.take(inside)
-    }
-    fn put(&mut self, head: u16, length: u32) {
-        let Self::Split(ring) = self;
-        ring.put(head, length);
-    }
-    fn publish(&mut self, idle: bool) -> Option<bool> {
-        let Self::Split(ring) = self;
-        ring.publish(idle)
-    }
-    fn suppress(&mut self) {
-        let Self::Split(ring) = self;
-        ring.suppress();
-    }
-    fn rearm(&mut self) -> bool {
-        let Self::Split(ring) = self;
-        ring.rearm()
-    }
-    fn has_news(&self) -> bool {
-        let Self::Split(ring) = self;
-        ring.has_news()
-    }
-    fn look(&mut self) -> Result<bool, GuestError> {
-        let Self::Split(ring) = self;
-        ring.look()
-    }
-}
-
-impl Serve for Served<'_> {
-    fn begin(&self) {
-        self.0.server.store(this_thread(), Ordering::Relaxed);
-        if let Some(active) = self.0.active().as_mut() {
-            active.budget = BUDGET;
-            active.ring.suppress();
-        }
-    }
-
-    fn pass(&self) -> Pass {
-        let pass = self.0.pass();
-        if pass != Pass::Took {
-            // Before the entry is left: afterwards another thread may be the server.
-            self.0.server.store(0, Ordering::Relaxed);
-        }
-        pass
-    }
-
-    fn rearm(&self) -> bool {
-        self.0.rearm()
-    }
-}
-
-impl VirtQueue {
-    fn pass(self: &Arc<Self>) -> Pass {
-        let handler = match self.work() {
-            Ok(Some(handler)) => handler,
-            Ok(None) => return Pass::Idle,
-            Err(error) => {
-                self.fail(&error);
-                return Pass::Idle;
-            }
-        };
-        handler.handle(self);
-        self.publish();
-        match self.active().as_ref() {
-            Some(active) if active.taken > 0 && active.budget == 0 => Pass::Spent,
-            Some(active) if active.taken > 0 => Pass::Took,
-            _ => Pass::Idle,
-        }
-    }
-
-    /// The handler, if there is work for it.
-    fn work(&self) -> Result<Option<Arc<dyn Handler>>, GuestError> {
-        let mut active = self.active();
-        let Some(active) = active.as_mut() else {
-            return Ok(None);
-        };
-        if self.state.is_broken() || self.doorbell.entry.is_awaited() || !active.ring.look()? {
-            return Ok(None);
-        }
-        active.taken = 0;
-        Ok(Some(active.handler.clone()))
     }
 }

@@ -108,14 +108,8 @@ impl SplitRing {
         if !areas.desc.is_aligned() || !areas.avail.is_aligned() || !areas.used.is_aligned() {
             return Err(GuestError("the ring lies in memory that is mapped unaligned".into()));
         }
-        let indexes = Indexes::new(
-            areas,
-            size,
-            config.event_idx,
-            config.notify_on_empty,
-            config.next_avail,
-            config.next_used,
-        );
+        let indexes =
+            Indexes::new(areas, size, config.event_idx, config.notify_on_empty, config.next_avail, config.next_used);
         Ok(Self { indexes, indirect: config.indirect })
     }
 
@@ -166,7 +160,9 @@ impl SplitRing {
         if head >= areas.size {
             return Err(GuestError(format!("head {head} is past the descriptor table ({} entries)", areas.size)));
         }
-        self.walk(head).map(|segments| Some((head, segments))).map_err(|error| GuestError(format!("head {head}: {error}")))
+        self.walk(head)
+            .map(|segments| Some((head, segments)))
+            .map_err(|error| GuestError(format!("head {head}: {error}")))
     }
 
     fn walk(&self, head: u16) -> Result<Segments, GuestError> {
@@ -193,7 +189,12 @@ impl SplitRing {
             return Err(GuestError(format!("next {index} is past the descriptor table ({} entries)", self.size())));
         }
         // SAFETY: `new` checked `size` descriptors of two words.
-        let words = unsafe { [&*self.indexes.cells.desc.add(2 * usize::from(index)), &*self.indexes.cells.desc.add(2 * usize::from(index) + 1)] };
+        let words = unsafe {
+            [
+                &*self.indexes.cells.desc.add(2 * usize::from(index)),
+                &*self.indexes.cells.desc.add(2 * usize::from(index) + 1),
+            ]
+        };
         let [address, rest] = words.map(|word| u64::from_le(word.load(Ordering::Relaxed)));
         Ok(Desc::new(address, rest))
     }

@@ -1,0 +1,117 @@
+//! Serving a queue: one pass of its handler after another, each published as one batch.
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use super::doorbell::{Pass, Serve};
+use super::split::SplitRing;
+use super::{Handler, VirtQueue};
+use crate::chain::Segments;
+use crate::GuestError;
+
+/// Chains one service takes at most before it lets others have the thread.
+const BUDGET: u32 = 256;
+
+/// What a queue has while it is started.
+pub(super) struct Active {
+    pub ring: SplitRing,
+    pub in_flight: u16,
+    handler: Arc<dyn Handler>,
+    /// Chains the handler may still take in this service, and those it took in this pass.
+    budget: u32,
+    taken: u32,
+}
+
+impl Active {
+    pub fn new(ring: SplitRing, handler: Arc<dyn Handler>) -> Self {
+        Self { ring, handler, in_flight: 0, budget: BUDGET, taken: 0 }
+    }
+
+    /// The next chain's head and segments. `inside`: taken by the handler while it is being called.
+    pub fn take(&mut self, inside: bool) -> Result<Option<(u16, Segments)>, GuestError> {
+        if inside && self.budget == 0 {
+            return Ok(None);
+        }
+        let size = self.ring.size();
+        let Some(taken) = self.ring.take(inside)? else {
+            return Ok(None);
+        };
+        if self.in_flight == size {
+            return Err(GuestError(format!("more chains in flight than the queue has entries ({size})")));
+        }
+        self.in_flight += 1;
+        if inside {
+            self.budget -= 1;
+            self.taken += 1;
+        }
+        Ok(Some(taken))
+    }
+}
+
+thread_local! {
+    static HERE: u8 = const { 0 };
+}
+
+/// Tells threads apart, more cheaply than their ids.
+pub(super) fn this_thread() -> usize {
+    HERE.with(|here| std::ptr::from_ref(here) as usize)
+}
+
+/// A queue as its doorbell sees it.
+pub(super) struct Served<'a>(pub &'a Arc<VirtQueue>);
+
+impl Serve for Served<'_> {
+    fn begin(&self) {
+        self.0.server.store(this_thread(), Ordering::Relaxed);
+        if let Some(active) = self.0.active().as_mut() {
+            active.budget = BUDGET;
+            active.ring.suppress();
+        }
+    }
+
+    fn pass(&self) -> Pass {
+        let pass = self.0.pass();
+        if pass != Pass::Took {
+            // Before the entry is left: afterwards another thread may be the server.
+            self.0.server.store(0, Ordering::Relaxed);
+        }
+        pass
+    }
+
+    fn rearm(&self) -> bool {
+        self.0.rearm()
+    }
+}
+
+impl VirtQueue {
+    fn pass(self: &Arc<Self>) -> Pass {
+        let handler = match self.work() {
+            Ok(Some(handler)) => handler,
+            Ok(None) => return Pass::Idle,
+            Err(error) => {
+                self.fail(&error);
+                return Pass::Idle;
+            }
+        };
+        handler.handle(self);
+        self.publish();
+        match self.active().as_ref() {
+            Some(active) if active.budget == 0 => Pass::Spent,
+            Some(active) if active.taken > 0 => Pass::Took,
+            _ => Pass::Idle,
+        }
+    }
+
+    /// The handler, if there is work for it.
+    fn work(&self) -> Result<Option<Arc<dyn Handler>>, GuestError> {
+        let mut active = self.active();
+        let Some(active) = active.as_mut() else {
+            return Ok(None);
+        };
+        if self.state.is_broken() || self.doorbell.entry.is_awaited() || !active.ring.look()? {
+            return Ok(None);
+        }
+        active.taken = 0;
+        Ok(Some(active.handler.clone()))
+    }
+}

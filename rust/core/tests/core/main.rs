@@ -1,0 +1,10 @@
+//! The core against a driver that writes every ring word by hand.
+
+mod chains;
+mod driver;
+mod hostile;
+mod interrupts;
+mod memory;
+mod notifications;
+mod oracle;
+mod service;
