@@ -46,7 +46,8 @@ fn raised(py: Python<'_>, error: PyErr, vq: &pyvirtio_core::VirtQueue) {
         vq.state().fail(&format!("{name}: {value}"));
         return;
     }
-    vq.state().fail(&format!("{name}: the handler raised {}: {value}", error.get_type(py)));
+    let kind = error.get_type(py).name().map_or_else(|_| String::from("an exception"), |kind| kind.to_string());
+    vq.state().fail(&format!("{name}: the handler raised {kind}: {value}"));
     if let Err(error) = log(py, vq, &error) {
         error.write_unraisable(py, None);
     }
@@ -55,7 +56,7 @@ fn raised(py: Python<'_>, error: PyErr, vq: &pyvirtio_core::VirtQueue) {
 fn log(py: Python<'_>, vq: &pyvirtio_core::VirtQueue, error: &PyErr) -> PyResult<()> {
     static GET_LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let logger = GET_LOGGER.import(py, "logging", "getLogger")?.call1(("pyvirtio",))?;
-    let options = [("exc_info", error.value(py))];
+    let options = [("exc_info", (error.get_type(py), error.value(py), error.traceback(py)))];
     let options = pyo3::types::IntoPyDict::into_py_dict(options, py)?;
     let message = ("%s: %s: exception in the handler", vq.state().name(), vq.name());
     logger.call_method("error", message, Some(&options)).map(drop)

@@ -1,0 +1,46 @@
+"""The pytest plugin: the fixture `guest`, which runs each test synchronously and with ioeventfd."""
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pyvirtio.testing.driver import Guest
+from pyvirtio.testing.queue import HANG
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "ioeventfd"])
+def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[Guest]:
+    """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
+    with nothing_left_behind():
+        yield from _machine(request.param)
+        for record in caplog.get_records("call"):
+            record.exc_info = None  # a traceback keeps the handler's frame alive, and so the device
+
+
+def _machine(ioeventfd: bool) -> Iterator[Guest]:
+    with Guest(ioeventfd=ioeventfd) as machine:
+        yield machine
+        for driver in machine.drivers:
+            assert driver.may_break or not driver.why_broken, f"{driver.name} broke: {driver.why_broken}"
+    vars(machine).clear()  # pytest keeps the object itself
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if the block leaves more file descriptors or threads than there were."""
+    before = _held()
+    yield
+    if _held() != before:
+        gc.collect()  # what is left may hang in a cycle
+    deadline = time.monotonic() + HANG
+    while (after := _held()) != before and time.monotonic() < deadline:
+        time.sleep(0.001)  # the kernel's thread outlives `Thread.join` by a moment
+    assert after == before, f"(fds, threads) were {before} and are {after}"
+
+
+def _held() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

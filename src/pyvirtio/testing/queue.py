@@ -1,0 +1,223 @@
+"""A virtqueue in the hands of a test driver: buffers to add, kicks, interrupts to wait for."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from pyvirtio._core import GuestMemory, IrqLine
+from pyvirtio.accel.inproc import InProcess
+from pyvirtio.testing.heap import Heap
+from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing, linked
+
+if TYPE_CHECKING:
+    from pyvirtio.testing.driver import VirtioDriver
+
+HANG = 10.0
+"""Seconds after which a wait counts as a hang; nothing that works takes a hundredth of it."""
+
+Range = tuple[int, int]  # guest address, bytes
+
+
+class DeviceNeedsReset(Exception):
+    """The device set DEVICE_NEEDS_RESET while the driver waited for a buffer."""
+
+
+class Interrupts(Protocol):
+    """A source of interrupts: what to poll, and how many were taken for queues and for the configuration."""
+
+    count: int
+    config_count: int
+
+    def fds(self) -> list[int]: ...
+    def take(self) -> bool:
+        """Take what has arrived; return whether there was anything."""
+
+
+class Msi:
+    """The interrupts of one MSI message."""
+
+    def __init__(self, accel: InProcess, address: int, data: int) -> None:
+        self.accel, self.message = accel, (address, data)
+        self.count = self.config_count = 0
+
+    def fds(self) -> list[int]:
+        return [vector.fd for vector, message in list(self.accel.routes.items()) if message == self.message]
+
+    def take(self) -> bool:
+        taken = sum(_drain(fd) for fd in self.fds())
+        self.count += taken
+        self.config_count += taken
+        return taken > 0
+
+
+class Intx:
+    """The INTx line of a function; its ISR register tells what an interrupt was for (virtio 1.3, 4.1.4.5)."""
+
+    def __init__(self, line: IrqLine, read_isr: Callable[[], int]) -> None:
+        self.line, self.read_isr = line, read_isr
+        self.count = self.config_count = 0
+
+    def fds(self) -> list[int]:
+        return [self.line.fd]
+
+    def take(self) -> bool:
+        if not _drain(self.line.fd):
+            return False
+        isr = self.read_isr()
+        self.count += isr & 1
+        self.config_count += isr >> 1 & 1
+        return True
+
+
+def sleep_on(fds: Iterable[int], seconds: float) -> bool:
+    """Sleep until one of the eventfds is signalled; return whether one is."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def _drain(fd: int) -> int:
+    """How often an eventfd was signalled since it was last read; does not block."""
+    return os.eventfd_read(fd) if sleep_on([fd], 0) else 0
+
+
+class Buffer:
+    """A request on its way: `readable` and `writable` are its ranges of guest memory, in the order of the chain."""
+
+    def __init__(self, queue: Queue, readable: list[Range], writable: list[Range], table: Range | None) -> None:
+        self.queue = queue
+        self.readable, self.writable, self.table = readable, writable, table
+        self.head = -1
+        self.used_len: int | None = None
+        self.data = b""
+        """What the device wrote, `used_len` bytes at most; the guest memory is free again once it is here."""
+        self.room = b""
+        """The whole device-writable part as the device left it, also what it did not count."""
+
+    @property
+    def done(self) -> bool:
+        return self.used_len is not None
+
+    def wait(self, timeout: float = HANG) -> bytes:
+        """Sleep until an interrupt shows that the device has used the buffer; return what it wrote."""
+        self.queue.wait_until(lambda: self.done, f"buffer {self.head} is used", timeout)
+        return self.data
+
+    def finish(self, used_len: int) -> None:
+        self.room = b"".join(self.queue.memory.read(*range_) for range_ in self.writable)
+        self.data = self.room[:used_len]
+        self.used_len = used_len
+        self.free()
+
+    def free(self) -> None:
+        """Give the guest memory of the request back."""
+        for address, length in (*self.readable, *self.writable, *([self.table] if self.table else [])):
+            self.queue.heap.free(address, length)
+
+
+class Queue:
+    """One virtqueue of a device, driven by the rules; `ring` is there to break them.
+
+    `add` prepares buffers, `kick` shows them to the device and notifies it if it asked for that. The used ring is
+    looked at after an interrupt only, so a lost interrupt is a hang, unless `polling`.
+    """
+
+    def __init__(self, driver: VirtioDriver, index: int, name: str, ring: SplitRing, interrupts: Interrupts) -> None:
+        self.driver, self.index, self.name, self.ring = driver, index, name, ring
+        self.source = interrupts
+        self.memory: GuestMemory = driver.guest.memory
+        self.heap: Heap = driver.guest.heap
+        self.indirect = False
+        self.polling = False
+        self.pending: dict[int, Buffer] = {}
+        self.strays: list[tuple[int, int]] = []
+        """Used elements (id, len) of no buffer that was added."""
+
+    def add(
+        self,
+        readable: bytes | Sequence[bytes] = b"",
+        writable: int | Sequence[int] = 0,
+        *,
+        indirect: bool | None = None,
+    ) -> Buffer:
+        """Prepare a request: device-readable bytes, then room for the device; a list makes one descriptor of each."""
+        parts = [readable] if isinstance(readable, (bytes, bytearray)) else readable
+        sizes = [writable] if isinstance(writable, int) else writable
+        out = [self._place(part) for part in parts if part]
+        room = [(self.heap.allocate(size), size) for size in sizes if size]
+        descs = [Desc(*range_) for range_ in out] + [Desc(*range_, WRITE) for range_ in room]
+        table = None
+        if self.indirect if indirect is None else indirect:
+            table = self.place_table(linked(descs, range(len(descs))))
+            descs = [Desc(*table, INDIRECT)]
+        buffer = Buffer(self, out, room, table)
+        buffer.head = self.ring.add(descs)
+        self.pending[buffer.head] = buffer
+        return buffer
+
+    def _place(self, data: bytes) -> Range:
+        address = self.heap.allocate(len(data))
+        self.memory.write(address, data)
+        return address, len(data)
+
+    def place_table(self, descs: Iterable[Desc]) -> Range:
+        """Put an indirect table somewhere, as it is given."""
+        return self._place(b"".join(desc.pack() for desc in descs))
+
+    def publish(self) -> bool:
+        """Show what was added to the device without telling it; return whether it wants to be told."""
+        return self.ring.publish()
+
+    def kick(self) -> None:
+        """Publish, and notify unless the device asked not to."""
+        if self.publish():
+            self.notify()
+
+    def notify(self, size: int = 2) -> None:
+        """Write the queue's number to its notify register, as a vCPU does; with another width, or at any time."""
+        window, offset = self.driver.notifiers[self.index]
+        window.write(offset, size, self.index)
+
+    @property
+    def interrupts(self) -> int:
+        """Interrupts received so far; of several queues, where they share a vector or the INTx line."""
+        self.driver.take_interrupts()
+        return self.source.count
+
+    def wait_until(self, done: Callable[[], bool], what: str, timeout: float = HANG) -> None:
+        """Sleep on the queue's interrupts until `done`. `DeviceNeedsReset` if the device breaks, `TimeoutError`."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if self.polling:
+                self.collect()
+                time.sleep(0.0002)
+            elif not self.driver.take_interrupts():
+                self.driver.check()
+                sleep_on(self.source.fds() + self.driver.config_source.fds(), deadline - time.monotonic())
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}")
+
+    def collect(self) -> None:
+        """Take every buffer that the device has used, and ask for an interrupt for the next."""
+        while True:
+            while (used := self.ring.pop_used()) is not None:
+                head, length = used
+                if head in self.pending:
+                    self.pending.pop(head).finish(length)
+                else:
+                    self.strays.append(used)
+            self.ring.expect_interrupt()
+            if self.ring.used_idx == self.ring.next_used:
+                return
+
+    def free(self) -> None:
+        """The device was reset: nothing of the queue is in use any more."""
+        for buffer in self.pending.values():
+            buffer.free()
+        self.pending.clear()
+        self.heap.free(self.ring.desc, self.ring.span)

@@ -1,0 +1,146 @@
+"""The driver's side of a split virtqueue (virtio 1.3, 2.7), with every field within reach of a test.
+
+The shared words are read and written atomically. What the driver expects (`next_avail`, `next_used`, the free
+descriptors) is kept apart from what stands in memory, so a test may write nonsense there and still go on.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+from pyvirtio._core import GuestMemory
+
+NEXT, WRITE, INDIRECT = 1, 2, 4
+NO_INTERRUPT = NO_NOTIFY = 1
+
+
+class Desc(NamedTuple):
+    """One descriptor; `WRITE` in the flags means that the device writes."""
+
+    address: int
+    length: int
+    flags: int = 0
+    next: int = 0
+
+    def pack(self) -> bytes:
+        return struct.pack("<QIHH", *self)
+
+
+def linked(descs: Sequence[Desc], indexes: Sequence[int]) -> list[Desc]:
+    """The descriptors chained to each other, as they stand at `indexes` of a table."""
+    last = len(descs) - 1
+    return [
+        desc if n == last else desc._replace(flags=desc.flags | NEXT, next=indexes[n + 1])
+        for n, desc in enumerate(descs)
+    ]
+
+
+class Word:
+    """A 16-bit field of a ring, behind `after` bytes and one `entry` for each entry of the ring."""
+
+    def __init__(self, part: str, after: int, entry: int = 0) -> None:
+        self.part, self.after, self.entry = part, after, entry
+
+    def address(self, ring: SplitRing) -> int:
+        base: int = getattr(ring, self.part)
+        return base + self.after + self.entry * ring.size
+
+    @overload
+    def __get__(self, ring: None, owner: object) -> Word: ...
+    @overload
+    def __get__(self, ring: SplitRing, owner: object) -> int: ...
+    def __get__(self, ring: SplitRing | None, owner: object) -> int | Word:
+        return self if ring is None else ring.memory.load16(self.address(ring))
+
+    def __set__(self, ring: SplitRing, value: int) -> None:
+        ring.memory.store16(self.address(ring), value & 0xFFFF)
+
+
+class SplitRing:
+    """A descriptor table, an avail ring and a used ring at the given guest addresses."""
+
+    avail_flags = Word("avail", 0)
+    avail_idx = Word("avail", 2)
+    used_event = Word("avail", 4, 2)
+    used_flags = Word("used", 0)
+    used_idx = Word("used", 2)
+    avail_event = Word("used", 4, 8)
+
+    def __init__(
+        self, memory: GuestMemory, size: int, desc: int, avail: int, used: int, *, event_idx: bool = False
+    ) -> None:
+        self.memory, self.size, self.event_idx = memory, size, event_idx
+        self.desc, self.avail, self.used = desc, avail, used
+        self.next_avail = 0
+        self.next_used = 0
+        self._published = 0
+        self._free = list(reversed(range(size)))
+        self._chains: dict[int, list[int]] = {}
+
+    @staticmethod
+    def sizes(size: int) -> tuple[int, int, int]:
+        """Bytes of the descriptor table, the avail ring and the used ring."""
+        return 16 * size, 6 + 2 * size, 6 + 8 * size
+
+    @property
+    def span(self) -> int:
+        """From the descriptor table's start to the used ring's end, in the legacy layout."""
+        return self.used - self.desc + self.sizes(self.size)[2]
+
+    @property
+    def used_range(self) -> tuple[int, int]:
+        """Address and length of the only ring memory that the device writes."""
+        return self.used, self.sizes(self.size)[2]
+
+    def write_desc(self, index: int, desc: Desc) -> None:
+        self.memory.write(self.desc + 16 * index, desc.pack())
+
+    def write_avail(self, slot: int, head: int) -> None:
+        """Entry of the avail ring; `slot` counts on past the size."""
+        self.memory.store16(self.avail + 4 + 2 * (slot % self.size), head)
+
+    def used_element(self, slot: int) -> tuple[int, int]:
+        """(id, len) in an entry of the used ring; `slot` counts on past the size."""
+        id_, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * (slot % self.size), 8))
+        return id_, length
+
+    def add(self, descs: Sequence[Desc]) -> int:
+        """Chain descriptors and put the head into the avail ring, not yet published; return the head."""
+        if len(descs) > len(self._free):
+            raise BufferError(f"{len(descs)} descriptors wanted, {len(self._free)} free")
+        indexes = [self._free.pop() for _ in descs]
+        for index, desc in zip(indexes, linked(descs, indexes), strict=True):
+            self.write_desc(index, desc)
+        self._chains[indexes[0]] = indexes
+        self.offer(indexes[0])
+        return indexes[0]
+
+    def offer(self, head: int) -> None:
+        """The next entry of the avail ring, whatever it is."""
+        self.write_avail(self.next_avail, head)
+        self.next_avail = (self.next_avail + 1) & 0xFFFF
+
+    def publish(self) -> bool:
+        """Show the device what was added; return whether it asked for a notification (2.7.10)."""
+        old, new = self._published, self.next_avail
+        self.avail_idx = new
+        self._published = new
+        if self.event_idx:
+            return (new - self.avail_event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        return not self.used_flags & NO_NOTIFY
+
+    def pop_used(self) -> tuple[int, int] | None:
+        """The next (head, length) that the device gave back."""
+        if self.used_idx == self.next_used:
+            return None
+        head, length = self.used_element(self.next_used)
+        self.next_used = (self.next_used + 1) & 0xFFFF
+        self._free.extend(reversed(self._chains.pop(head, [])))
+        return head, length
+
+    def expect_interrupt(self) -> None:
+        """Ask for an interrupt for the next used buffer; the used ring must be looked at again after this."""
+        if self.event_idx:
+            self.used_event = self.next_used
