@@ -46,11 +46,12 @@ fn raised(py: Python<'_>, error: PyErr, vq: &pyvirtio_core::VirtQueue) {
         vq.state().fail(&format!("{name}: {value}"));
         return;
     }
-    let kind = error.get_type(py).name().map_or_else(|_| String::from("an exception"), |kind| kind.to_string());
-    vq.state().fail(&format!("{name}: the handler raised {kind}: {value}"));
+    // The traceback first: whoever is told of the failure may look for it.
     if let Err(error) = log(py, vq, &error) {
         error.write_unraisable(py, None);
     }
+    let kind = error.get_type(py).name().map_or_else(|_| String::from("an exception"), |kind| kind.to_string());
+    vq.state().fail(&format!("{name}: the handler raised {kind}: {value}"));
 }
 
 fn log(py: Python<'_>, vq: &pyvirtio_core::VirtQueue, error: &PyErr) -> PyResult<()> {
