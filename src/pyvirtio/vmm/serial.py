@@ -8,6 +8,7 @@ import select
 import termios
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Self
 
 from pyvirtio.vmm.monitor import PROMPT, LineEditor
@@ -43,7 +44,8 @@ class RawTerminal:
 
     def __exit__(self, *_: object) -> None:
         if self._saved is not None:
-            termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+            with suppress(termios.error):  # a terminal that was hung up needs nothing
+                termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
 
 
 class Keyboard:
@@ -167,4 +169,5 @@ class Console:
             del self._typed[: self.receive(bytes(self._typed))]
 
     def _show(self, text: str) -> None:
-        os.write(self.out_fd, text.encode())
+        with suppress(OSError):  # as above
+            os.write(self.out_fd, text.encode())
