@@ -19,6 +19,7 @@ from pyvirtio.accel.host import linux_capable
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG_GUARD = 900  # seconds that no step takes
+KVM = Path("/dev/kvm")
 CI = os.environ.get("CI", "") == "true"
 COUNTS = re.compile(r"\b(\d+) (passed|failed|errors?|skipped|ignored)\b")
 SUMMARY = re.compile(r"^=* ?\d+ \w+.* in [\d.]+s|^test result:|^ *Summary \[|^no tests ran", re.MULTILINE)
@@ -160,7 +161,7 @@ def steps(only_fast: bool) -> list[Callable[[], Step]]:
 
 def excused(reason: str) -> bool:
     """A skip that CI accepts: nothing that can be installed would help."""
-    return "no /dev/kvm" in reason and not Path("/dev/kvm").exists()
+    return "no /dev/kvm" in reason and not KVM.exists()
 
 
 def conclude(outcomes: list[Outcome]) -> int:
