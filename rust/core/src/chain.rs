@@ -123,7 +123,7 @@ impl std::error::Error for ChainError {}
 pub struct Chain {
     vq: Arc<VirtQueue>,
     /// Keeps the segments mapped.
-    _memory: GuestMemory,
+    memory: GuestMemory,
     segments: Segments,
     head: u16,
     epoch: u64,
@@ -147,7 +147,7 @@ impl Chain {
             reader: Cursor::over(segments.readable()),
             writer: Cursor::over(segments.writable()),
             vq,
-            _memory: memory,
+            memory,
             segments,
             head,
             epoch,
@@ -155,6 +155,10 @@ impl Chain {
             written: 0,
             completed: false,
         }
+    }
+
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     pub fn head(&self) -> u16 {

@@ -10,6 +10,7 @@ pub mod interrupt;
 pub mod iothread;
 pub mod kvm;
 pub mod memory;
+pub mod planes;
 pub mod queue;
 pub mod sync;
 mod tsc;

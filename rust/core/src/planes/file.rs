@@ -1,0 +1,92 @@
+//! The block backend for a raw file or block device: guest memory is read and written in place.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use super::blk::{Backend, Buffers, Failure};
+
+const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+pub struct FileBackend(File);
+
+impl FileBackend {
+    pub fn new(file: File) -> Self {
+        Self(file)
+    }
+
+    fn fallocate(&self, mode: i32, length: u64, offset: u64) -> io::Result<()> {
+        // SAFETY: no memory is involved.
+        retry(|| unsafe { libc::fallocate(self.0.as_raw_fd(), mode, offset as i64, length as i64) as isize })?;
+        Ok(())
+    }
+
+    fn write_plain_zeroes(&self, length: u64, offset: u64) -> io::Result<()> {
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            let n = (end - at).min(ZEROES.len() as u64);
+            self.0.write_all_at(&ZEROES[..n as usize], at)?;
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+impl Backend for FileBackend {
+    fn read(&self, into: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
+        let (fd, iov, count) = (self.0.as_raw_fd(), into.segments.as_ptr(), into.segments.len() as i32);
+        // SAFETY: the segments are mapped while `into` lives, and guest memory may change under everybody's feet.
+        Ok(retry(|| unsafe { libc::preadv(fd, iov, count, offset as i64) })?)
+    }
+
+    fn write(&self, from: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
+        let (fd, iov, count) = (self.0.as_raw_fd(), from.segments.as_ptr(), from.segments.len() as i32);
+        // SAFETY: as in `read`.
+        Ok(retry(|| unsafe { libc::pwritev(fd, iov, count, offset as i64) })?)
+    }
+
+    fn flush(&self) -> Result<(), Failure> {
+        Ok(self.0.sync_data()?)
+    }
+
+    /// A hint: a file system without holes has done enough.
+    fn discard(&self, length: u64, offset: u64) -> Result<(), Failure> {
+        match self.fallocate(PUNCH_HOLE, length, offset) {
+            Err(error) if is_unsupported(&error) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn write_zeroes(&self, length: u64, offset: u64, unmap: bool) -> Result<(), Failure> {
+        let modes: &[i32] = if unmap { &[PUNCH_HOLE, ZERO_RANGE] } else { &[ZERO_RANGE] };
+        for mode in modes {
+            match self.fallocate(*mode, length, offset) {
+                Err(error) if is_unsupported(&error) => (),
+                result => return Ok(result?),
+            }
+        }
+        Ok(self.write_plain_zeroes(length, offset)?)
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EOPNOTSUPP)
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(n) => return Ok(n),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! Planes: handlers that serve a device's queues without Python, or call it with requests that are parsed.
+
+pub mod blk;
+mod file;
+
+pub use file::FileBackend;
