@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyvirtio_core::Handler;
 
+use crate::blk::BlkPlane;
 use crate::errors::{GuestError, StaleChain};
+use crate::logging;
 use crate::queue::VirtQueue;
 
 /// The handler an object of Python stands for, called with `vq`.
@@ -16,8 +17,8 @@ pub fn handler(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Arc<dyn 
 }
 
 /// A handler that runs without Python.
-fn native(_object: &Bound<'_, PyAny>) -> Option<Arc<dyn Handler>> {
-    None
+fn native(object: &Bound<'_, PyAny>) -> Option<Arc<dyn Handler>> {
+    object.cast::<BlkPlane>().ok().map(|plane| plane.get().handler())
 }
 
 /// Calls Python once per pass.
@@ -47,18 +48,7 @@ fn raised(py: Python<'_>, error: PyErr, vq: &pyvirtio_core::VirtQueue) {
         return;
     }
     // The traceback first: whoever is told of the failure may look for it.
-    if let Err(error) = log(py, vq, &error) {
-        error.write_unraisable(py, None);
-    }
+    logging::exception(py, &format!("{}: {name}: exception in the handler", vq.state().name()), &error);
     let kind = error.get_type(py).name().map_or_else(|_| String::from("an exception"), |kind| kind.to_string());
     vq.state().fail(&format!("{name}: the handler raised {kind}: {value}"));
-}
-
-fn log(py: Python<'_>, vq: &pyvirtio_core::VirtQueue, error: &PyErr) -> PyResult<()> {
-    static GET_LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let logger = GET_LOGGER.import(py, "logging", "getLogger")?.call1(("pyvirtio",))?;
-    let options = [("exc_info", (error.get_type(py), error.value(py), error.traceback(py)))];
-    let options = pyo3::types::IntoPyDict::into_py_dict(options, py)?;
-    let message = ("%s: %s: exception in the handler", vq.state().name(), vq.name());
-    logger.call_method("error", message, Some(&options)).map(drop)
 }

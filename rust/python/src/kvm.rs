@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyvirtio_core::kvm::{self, Error, IoAddress, Mode, MsiRoute, Space, Stopped};
 
 use crate::interrupt::IrqLine;
+use crate::logging;
 use crate::memory::GuestMemory;
 
 fn os_error(error: Error) -> PyErr {
@@ -241,7 +241,7 @@ fn read(method: &Py<PyAny>, address: u64, size: usize) -> u64 {
     Python::attach(|py| {
         let answer = method.call1(py, (address, size)).and_then(|value| value.extract::<u64>(py));
         answer.unwrap_or_else(|error| {
-            log(py, &format!("read of {size} bytes at {address:#x} failed"), error);
+            logging::exception(py, &format!("read of {size} bytes at {address:#x} failed"), &error);
             u64::MAX
         })
     })
@@ -250,22 +250,9 @@ fn read(method: &Py<PyAny>, address: u64, size: usize) -> u64 {
 fn write(method: &Py<PyAny>, address: u64, size: usize, value: u64) {
     Python::attach(|py| {
         if let Err(error) = method.call1(py, (address, size, value)) {
-            log(py, &format!("write of {size} bytes at {address:#x} failed"), error);
+            logging::exception(py, &format!("write of {size} bytes at {address:#x} failed"), &error);
         }
     });
-}
-
-fn log(py: Python<'_>, message: &str, error: PyErr) {
-    let logged = || -> PyResult<()> {
-        let logger = py.import(intern!(py, "logging"))?.call_method1(intern!(py, "getLogger"), ("pyvirtio",))?;
-        let exc_info = PyDict::new(py);
-        exc_info.set_item("exc_info", &error)?;
-        logger.call_method(intern!(py, "error"), (message,), Some(&exc_info))?;
-        Ok(())
-    };
-    if logged().is_err() {
-        error.print(py);
-    }
 }
 
 /// None if this KVM offers what pyvirtio needs, else what is missing.

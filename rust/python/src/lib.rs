@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+mod blk;
 mod bytes;
 mod chain;
 mod device_state;
@@ -10,12 +11,14 @@ mod handler;
 mod interrupt;
 mod iothread;
 mod kvm;
+mod logging;
 mod memory;
 mod queue;
-mod stand_in;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::blk::BlkPlane;
     #[pymodule_export]
     use crate::chain::Chain;
     #[pymodule_export]
@@ -30,8 +33,6 @@ mod _core {
     use crate::memory::GuestMemory;
     #[pymodule_export]
     use crate::queue::VirtQueue;
-    #[pymodule_export]
-    use crate::stand_in::BlkPlane;
 
     use pyo3::prelude::*;
 

@@ -1,0 +1,311 @@
+//! `BlkPlane`, and the block backend that is written in Python.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyMemoryView};
+use pyvirtio_core::chain::Segment;
+use pyvirtio_core::memory::GuestMemory;
+use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
+use pyvirtio_core::planes::FileBackend;
+use pyvirtio_core::{Handler, VirtQueue};
+
+use crate::errors::os_error;
+use crate::logging;
+
+/// Bytes of one `discard` or `write_zeroes` call: a backend may well make that many bytes to write them.
+const PIECE: u64 = 1 << 20;
+
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct BlkPlane {
+    plane: Arc<blk::BlkPlane>,
+    python: bool,
+}
+
+impl BlkPlane {
+    pub fn handler(&self) -> Arc<dyn Handler> {
+        if self.python {
+            Arc::new(Attached(self.plane.clone()))
+        } else {
+            self.plane.clone()
+        }
+    }
+}
+
+#[pymethods]
+impl BlkPlane {
+    #[new]
+    #[pyo3(signature = (backend, *, capacity, readonly = false, flush = true, discard = false, write_zeroes = false,
+                        serial = Vec::new(), block_size = 512, max_discard_sectors = 0,
+                        max_write_zeroes_sectors = 0, max_discard_segments = 1))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn new(
+        backend: &Bound<'_, PyAny>,
+        capacity: u64,
+        readonly: bool,
+        flush: bool,
+        discard: bool,
+        write_zeroes: bool,
+        serial: Vec<u8>,
+        block_size: u32,
+        max_discard_sectors: u32,
+        max_write_zeroes_sectors: u32,
+        max_discard_segments: usize,
+    ) -> PyResult<Self> {
+        if block_size == 0 {
+            return Err(PyValueError::new_err("block_size is 0"));
+        }
+        let disk = Disk {
+            capacity,
+            block_size: block_size.into(),
+            readonly,
+            flush,
+            discard,
+            write_zeroes,
+            id: id(&serial)?,
+            max_discard_sectors,
+            max_write_zeroes_sectors,
+            max_ranges: max_discard_segments,
+        };
+        let (backend, python): (Box<dyn Backend>, bool) = match backend.extract::<RawFd>() {
+            Ok(fd) => (Box::new(FileBackend::new(duplicate(fd)?)), false),
+            Err(_) => (Box::new(PythonBackend::new(backend)?), true),
+        };
+        Ok(Self { plane: Arc::new(blk::BlkPlane::new(backend, disk)), python })
+    }
+
+    #[getter]
+    fn writethrough(&self) -> bool {
+        self.plane.writethrough.load(Ordering::Relaxed)
+    }
+
+    #[setter]
+    fn set_writethrough(&self, writethrough: bool) {
+        self.plane.writethrough.store(writethrough, Ordering::Relaxed);
+    }
+
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.plane.counters.named().into_py_dict(py)
+    }
+}
+
+fn id(serial: &[u8]) -> PyResult<[u8; ID_BYTES]> {
+    let mut id = [0; ID_BYTES];
+    let room = id
+        .get_mut(..serial.len())
+        .ok_or_else(|| PyValueError::new_err(format!("serial has {} bytes, at most {ID_BYTES}", serial.len())))?;
+    room.copy_from_slice(serial);
+    Ok(id)
+}
+
+fn duplicate(fd: RawFd) -> PyResult<File> {
+    if fd < 0 {
+        return Err(PyValueError::new_err(format!("no file descriptor: {fd}")));
+    }
+    // SAFETY: borrowed only to be duplicated, and a closed one is refused by the kernel.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    borrowed.try_clone_to_owned().map(File::from).map_err(os_error)
+}
+
+/// Attaches once for all requests of a pass, not for each.
+struct Attached(Arc<blk::BlkPlane>);
+
+impl Handler for Attached {
+    fn handle(&self, vq: &Arc<VirtQueue>) {
+        Python::attach(|_| self.0.handle(vq));
+    }
+}
+
+/// Methods of a `BlockBackend`, as far as its class defines them.
+struct PythonBackend {
+    read: Transfer,
+    write: Transfer,
+    flush: Option<Py<PyAny>>,
+    discard: Option<Py<PyAny>>,
+    write_zeroes: Option<Py<PyAny>>,
+}
+
+/// How a backend takes data.
+enum Transfer {
+    /// In the guest's own buffers: preadv, pwritev.
+    InPlace(Py<PyAny>),
+    /// As bytes: pread, pwrite.
+    Copied(Py<PyAny>),
+    None,
+}
+
+impl Transfer {
+    fn of(backend: &Bound<'_, PyAny>, in_place: &str, copied: &str) -> PyResult<Self> {
+        if let Some(method) = backend.getattr_opt(in_place)? {
+            return Ok(Self::InPlace(method.unbind()));
+        }
+        Ok(backend.getattr_opt(copied)?.map_or(Self::None, |method| Self::Copied(method.unbind())))
+    }
+}
+
+impl PythonBackend {
+    fn new(backend: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let method = |name| backend.getattr_opt(name).map(|method| method.map(Bound::unbind));
+        Ok(Self {
+            read: Transfer::of(backend, "preadv", "pread")?,
+            write: Transfer::of(backend, "pwritev", "pwrite")?,
+            flush: method("flush")?,
+            discard: method("discard")?,
+            write_zeroes: method("write_zeroes")?,
+        })
+    }
+}
+
+impl Backend for PythonBackend {
+    fn read(&self, into: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
+        Python::attach(|py| {
+            match &self.read {
+                Transfer::InPlace(method) => in_place(py, method, into, offset, true),
+                Transfer::Copied(method) => {
+                    method.bind(py).call1((into.len(), offset)).and_then(|data| fill(into, &data))
+                }
+                Transfer::None => Err(undefined("pread")),
+            }
+            .map_err(|error| failure(py, &error))
+        })
+    }
+
+    fn write(&self, from: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
+        Python::attach(|py| {
+            match &self.write {
+                Transfer::InPlace(method) => in_place(py, method, from, offset, false),
+                Transfer::Copied(method) => PyBytes::new_with(py, from.len(), |out| {
+                    from.gather(out);
+                    Ok(())
+                })
+                .and_then(|data| method.bind(py).call1((data, offset)))
+                .and_then(|done| transferred(&done, from)),
+                Transfer::None => Err(undefined("pwrite")),
+            }
+            .map_err(|error| failure(py, &error))
+        })
+    }
+
+    /// A backend without a flush has nothing that is not durable already.
+    fn flush(&self) -> Result<(), Failure> {
+        let Some(method) = &self.flush else { return Ok(()) };
+        Python::attach(|py| method.call0(py).map(drop).map_err(|error| failure(py, &error)))
+    }
+
+    fn discard(&self, length: u64, offset: u64) -> Result<(), Failure> {
+        in_pieces(self.discard.as_ref(), length, offset)
+    }
+
+    fn write_zeroes(&self, length: u64, offset: u64, _unmap: bool) -> Result<(), Failure> {
+        in_pieces(self.write_zeroes.as_ref(), length, offset)
+    }
+}
+
+fn in_pieces(method: Option<&Py<PyAny>>, length: u64, offset: u64) -> Result<(), Failure> {
+    let method = method.ok_or(Failure::Unsupported)?;
+    Python::attach(|py| {
+        let mut done = 0;
+        while done < length {
+            let piece = PIECE.min(length - done);
+            method.call1(py, (piece, offset + done)).map_err(|error| failure(py, &error))?;
+            done += piece;
+        }
+        Ok(())
+    })
+}
+
+fn undefined(method: &str) -> PyErr {
+    pyo3::exceptions::PyNotImplementedError::new_err(format!("the backend defines no {method}"))
+}
+
+/// The host's fault fails the request; anything else is the backend's own.
+fn failure(py: Python<'_>, error: &PyErr) -> Failure {
+    if error.is_instance_of::<PyOSError>(py) {
+        return Failure::Refused;
+    }
+    logging::exception(py, "exception in a block backend", error);
+    let name = error.get_type(py).qualname().map_or_else(|_| "an exception".into(), |name| name.to_string());
+    Failure::Broken(format!("the backend raised {name}: {}", error.value(py)))
+}
+
+fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let room = into.len();
+    crate::bytes::with_bytes(data, |data| match data.len() {
+        length if length > room => {
+            Err(PyValueError::new_err(format!("pread returned {length} bytes where {room} were asked for")))
+        }
+        _ => Ok(into.fill(data)),
+    })?
+}
+
+/// What a method says it did: as many bytes as it returns, or all.
+fn transferred(done: &Bound<'_, PyAny>, buffers: &Buffers<'_>) -> PyResult<usize> {
+    let wanted = buffers.len();
+    if done.is_none() {
+        return Ok(wanted);
+    }
+    done.extract::<usize>()
+        .ok()
+        .filter(|done| *done <= wanted)
+        .ok_or_else(|| PyValueError::new_err(format!("the backend returned {done}, not None or up to {wanted} bytes")))
+}
+
+fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u64, writable: bool) -> PyResult<usize> {
+    let views = PyList::empty(py);
+    for segment in buffers.segments.iter().filter(|segment| segment.iov_len > 0) {
+        views.append(view(py, buffers.memory, segment, writable)?)?;
+    }
+    let done = method.bind(py).call1((&views, offset));
+    for view in &views {
+        // Refused while somebody has a view of the view; the exporter keeps the memory mapped then.
+        let _ = view.call_method0("release");
+    }
+    transferred(&done?, buffers)
+}
+
+fn view<'py>(
+    py: Python<'py>,
+    memory: &GuestMemory,
+    segment: &Segment,
+    writable: bool,
+) -> PyResult<Bound<'py, PyMemoryView>> {
+    let start = segment.iov_base as usize;
+    let exporter = GuestBuffer { _memory: memory.clone(), start, length: segment.iov_len, writable };
+    PyMemoryView::from(Bound::new(py, exporter)?.as_any())
+}
+
+/// A piece of guest memory that stays mapped as long as Python refers to it.
+#[pyclass(frozen)]
+struct GuestBuffer {
+    _memory: GuestMemory,
+    start: usize,
+    length: usize,
+    writable: bool,
+}
+
+#[pymethods]
+impl GuestBuffer {
+    /// # Safety
+    /// Called by the interpreter, with a `Py_buffer` to fill.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, buffer: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let this = slf.get();
+        let start = this.start as *mut std::ffi::c_void;
+        let readonly = c_int::from(!this.writable);
+        // SAFETY: the memory is mapped as long as `slf`, to which the buffer keeps a reference.
+        let filled = unsafe {
+            ffi::PyBuffer_FillInfo(buffer, slf.as_ptr(), start, this.length as ffi::Py_ssize_t, readonly, flags)
+        };
+        if filled == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
+    }
+}
