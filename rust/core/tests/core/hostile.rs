@@ -257,7 +257,8 @@ fn a_scribbled_used_ring_changes_nothing() {
 
 #[test]
 fn rings_that_cannot_be_are_refused() {
-    let cases: [(fn(&mut RingConfig), &str); 10] = [
+    type Spoil = fn(&mut RingConfig);
+    let cases: [(Spoil, &str); 10] = [
         (|c| c.size = 0, "0 entries (a power of two up to 256)"),
         (|c| c.size = 12, "12 entries (a power of two up to 256)"),
         (|c| c.size = 512, "512 entries (a power of two up to 256)"),
