@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyvirtio.errors import ConfigError
-from pyvirtio.lab.kernel import Kernel, find_kernel, read_module, unpack
+from pyvirtio.lab.kernel import InstalledKernel, find_kernel, read_module, unpack
 
 DEPENDENCIES = """\
 kernel/virtio.ko.xz:
@@ -18,7 +18,7 @@ kernel/virtio_blk.ko.xz: kernel/virtio_ring.ko.xz kernel/virtio.ko.xz
 """
 
 
-def install(root: Path, version: str, image: bytes = b"") -> Kernel:
+def install(root: Path, version: str, image: bytes = b"") -> InstalledKernel:
     """Put a kernel where a distribution's package would."""
     modules = root / "lib/modules" / version
     modules.mkdir(parents=True)
@@ -26,7 +26,7 @@ def install(root: Path, version: str, image: bytes = b"") -> Kernel:
     (modules / "modules.builtin").write_text("kernel/fs/ext4/ext4.ko\n")
     (root / "boot").mkdir(exist_ok=True)
     (root / "boot" / f"vmlinuz-{version}").write_bytes(image)
-    return Kernel(version, root / "boot" / f"vmlinuz-{version}", modules)
+    return InstalledKernel(version, root / "boot" / f"vmlinuz-{version}", modules)
 
 
 def bzimage(payload: bytes) -> bytes:

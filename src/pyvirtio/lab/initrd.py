@@ -5,12 +5,14 @@ from pathlib import Path
 
 from pyvirtio.errors import ConfigError
 from pyvirtio.lab.cpio import Archive
-from pyvirtio.lab.kernel import Kernel, read_module
+from pyvirtio.lab.kernel import InstalledKernel, read_module
 
 _SUFFIXES = (".xz", ".zst", ".gz")
 
 
-def build(kernel: Kernel, init: str, *, modules: Iterable[str] = (), files: Mapping[str, str] | None = None) -> bytes:
+def build(
+    kernel: InstalledKernel, init: str, *, modules: Iterable[str] = (), files: Mapping[str, str] | None = None
+) -> bytes:
     """An initrd whose `/init` is the shell script `init`.
 
     `/modules/order` lists the files beside it in load order. `files` are text files by path, in a directory

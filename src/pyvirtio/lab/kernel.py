@@ -21,7 +21,7 @@ _SUFFIXES = {".xz": "xz", ".zst": "zstd", ".gz": "gzip"}
 
 
 @dataclass(frozen=True)
-class Kernel:
+class InstalledKernel:
     """One installed kernel: `image` is its bzImage, `modules` its directory below `/lib/modules`."""
 
     version: str
@@ -68,10 +68,10 @@ def module_name(file: str) -> str:
     return Path(file).name.partition(".ko")[0].replace("-", "_")
 
 
-def find_kernel(version: str | None = None, root: Path = Path("/")) -> Kernel:
+def find_kernel(version: str | None = None, root: Path = Path("/")) -> InstalledKernel:
     """That version, else the newest cloud kernel (small, boots fastest), else the newest with modules."""
     found = [
-        Kernel(name, _readable(image), root / "lib/modules" / name)
+        InstalledKernel(name, _readable(image), root / "lib/modules" / name)
         for image in (root / "boot").glob("vmlinuz-*")
         if (root / "lib/modules" / (name := image.name.removeprefix("vmlinuz-")) / "modules.dep").exists()
         and version in (None, name)
@@ -93,7 +93,7 @@ def read_module(file: Path) -> bytes:
     return subprocess.run([tool, "-dc", file], stdout=subprocess.PIPE, check=True).stdout
 
 
-def unpack(kernel: Kernel) -> Path:
+def unpack(kernel: InstalledKernel) -> Path:
     """The kernel as an ELF file that PVH firmware starts, kept in the user's cache directory.
 
     Unpacking itself under emulation is the slowest part of a kernel's start. Where that cannot be done here

@@ -18,7 +18,7 @@ from pathlib import Path
 from pyvirtio import _core
 from pyvirtio.errors import ConfigError
 from pyvirtio.lab import initrd
-from pyvirtio.lab.kernel import Kernel, find_kernel, unpack
+from pyvirtio.lab.kernel import InstalledKernel, find_kernel, unpack
 
 TIMED_OUT = 124
 """Exit status of a command that took too long, as timeout(1) has it."""
@@ -45,7 +45,7 @@ class Lab:
     timeout: float = 600
     writable: bool = False
     keep: Sequence[Path] = ()
-    kernel: Kernel = field(default_factory=find_kernel)
+    kernel: InstalledKernel = field(default_factory=find_kernel)
 
     def run(self, command: Sequence[str], output: Callable[[bytes], object]) -> int:
         """Run `command` as root in the caller's directory and environment; return its exit status.

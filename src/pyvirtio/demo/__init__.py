@@ -1,0 +1,1 @@
+"""Compares ioeventfd on and off in one boot of Linux (`pyvirtio demo`)."""
