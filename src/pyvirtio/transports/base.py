@@ -154,7 +154,7 @@ class DriverState:
             return True
         refused = self.driver_features & ~((self.legacy_offered or 0) if legacy else self.offered)
         if self.legacy_offered is None:
-            refused |= Feature.VERSION_1 & ~self.driver_features
+            refused |= int(Feature.VERSION_1) & ~self.driver_features
         if refused:
             log.warning("%s: features refused: %#x", self.dataplane.state.name, refused)
             return False

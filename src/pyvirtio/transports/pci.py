@@ -196,10 +196,11 @@ class VirtioPci(PciFunction):
         self.interrupts = Interrupts(self.dataplane, self.accel.intx_line(self.slot), self.msix)
 
     def _driver_state(self, has_legacy: bool, event_idx: bool, indirect_desc: bool) -> DriverState:
-        offered = self.device.device_features | Feature.VERSION_1
-        offered |= Feature.EVENT_IDX if event_idx else 0
-        offered |= Feature.INDIRECT_DESC if indirect_desc else 0
-        legacy = offered & 0xFFFFFFFF | Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT
+        # Plain integers: the complement of an IntFlag has the bits of its class only.
+        offered = int(self.device.device_features) | int(Feature.VERSION_1)
+        offered |= int(Feature.EVENT_IDX) if event_idx else 0
+        offered |= int(Feature.INDIRECT_DESC) if indirect_desc else 0
+        legacy = offered & 0xFFFFFFFF | int(Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT)
         return DriverState(
             self.dataplane,
             self.accel.memory,
