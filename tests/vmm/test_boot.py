@@ -70,9 +70,9 @@ def test_what_is_no_bzimage(tmp_path: Path, contents: bytes) -> None:
         Kernel.read(path)
 
 
-@pytest.mark.parametrize("header", [{"protocol": 0x204}, {"xloadflags": 0}])
-def test_kernel_without_a_64_bit_entry(tmp_path: Path, header: dict[str, int]) -> None:
-    path = write_bzimage(tmp_path / "bzImage", **header)
+@pytest.mark.parametrize(("protocol", "xloadflags"), [(0x204, 1), (0x20F, 0)])
+def test_kernel_without_a_64_bit_entry(tmp_path: Path, protocol: int, xloadflags: int) -> None:
+    path = write_bzimage(tmp_path / "bzImage", protocol=protocol, xloadflags=xloadflags)
     with pytest.raises(ConfigError, match="no 64-bit entry"):
         Kernel.read(path)
 
@@ -84,7 +84,7 @@ def test_kernel_that_is_cut_off_has_no_payload_beyond_its_end(tmp_path: Path) ->
 
 
 def test_missing_kernel(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kernel .*nowhere: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"kernel .*nowhere: No such file or directory"):
         Kernel.read(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="Is a directory"):
         Kernel.read(tmp_path)

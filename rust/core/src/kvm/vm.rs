@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, RawFd};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use kvm_bindings::{
     kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign, kvm_ioeventfd_flag_nr_pio,
@@ -153,7 +153,7 @@ impl Vm {
 
     /// A pin of the irqchip; edge or level is what the guest programs.
     pub fn irq_line(self: &Arc<Vm>, gsi: u32) -> KvmLine {
-        KvmLine { vm: Arc::clone(self), gsi }
+        KvmLine { vm: Arc::downgrade(self), gsi }
     }
 
     /// Let writes of the guest that match `at` signal the eventfd `fd` in place of an exit.
@@ -243,14 +243,17 @@ fn msi_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
 
 /// One pin of the irqchip, driven by KVM_IRQ_LINE.
 pub struct KvmLine {
-    vm: Arc<Vm>,
+    /// Weak, because the VM holds the serial port, which holds its line.
+    vm: Weak<Vm>,
     gsi: u32,
 }
 
 impl Line for KvmLine {
     fn set(&self, level: bool) {
         // Fails only without an irqchip, and then there is nobody to interrupt.
-        let _ = self.vm.fd.set_irq_line(self.gsi, level);
+        if let Some(vm) = self.vm.upgrade() {
+            let _ = vm.fd.set_irq_line(self.gsi, level);
+        }
     }
 }
 
