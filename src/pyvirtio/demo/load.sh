@@ -1,0 +1,51 @@
+# The load that the demo measures, in the guest.
+
+# reader DISK BLOCK: read 4 KiB blocks from BLOCK to the end of the disk, again and again, past the page cache.
+reader() {
+    while [ -e /tmp/load ]; do
+        dd if="$1" of=/dev/null bs=4k skip="$2" iflag=direct 2>/dev/null
+    done
+}
+
+# counter: count with what the readers leave of the CPU; say how far it got on SIGUSR1, and on SIGTERM for the last
+# time. An answer may come late but is right: where there is no time to answer, there is none to count either.
+counter() {
+    i=0
+    trap 'echo "::counted $i"' USR1
+    trap 'echo "::counted $i"; exit' TERM
+    while :; do i=$((i + 1)); done
+}
+
+# priority LEVEL PROCESS: as nice(1) has it, a smaller level goes first.
+priority() {
+    renice -n "$1" -p "$2" 2>/dev/null
+}
+
+mark() {
+    read -r since_boot _ </proc/uptime
+    echo "::$1 $since_boot"
+}
+
+# load DISK READERS SECONDS: what is between the lines ::begin and ::end is the window that counts.
+load() {
+    touch /tmp/load
+    reader=0
+    while [ $reader -lt "$2" ]; do
+        reader "$1" $((reader * 1024)) &
+        reader=$((reader + 1))
+    done
+    counter &
+    counter=$!
+    priority 10 $counter
+    priority -10 $$ # the window has to end in time
+    sleep 0.2 # until all readers are at it
+    kill -USR1 $counter
+    mark begin
+    sleep "$3"
+    kill -TERM $counter
+    mark end
+    rm /tmp/load
+    killall -q dd
+    priority 0 $$
+    wait
+}

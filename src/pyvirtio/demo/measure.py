@@ -1,0 +1,148 @@
+"""The demo's measurement: one boot, windows of load with ioeventfd on and off in turn.
+
+Run as a program (in the lab) it takes a plan and prints what happens as lines of JSON.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pyvirtio.backends.block import BlockBackend, File
+from pyvirtio.demo.guest import LinuxGuest
+from pyvirtio.devices.blk import Blk
+from pyvirtio.errors import ConfigError
+from pyvirtio.transports.pci import VirtioPci
+
+SLOW_SECONDS = 0.003
+BACKENDS = ("file", "slow")
+CHECKSUM_TIMEOUT = 300
+LINE_TIMEOUT = 60
+
+Report = Callable[..., object]
+"""Called with the name of an event and its figures: `report("window", backend="file", ...)`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `seconds` is the length of one window."""
+
+    disk: str
+    readers: tuple[int, ...] = (1, 4, 8)
+    rounds: int = 3
+    seconds: float = 1.5
+
+    def windows(self) -> Iterator["Load"]:
+        """Each load with ioeventfd on and off, one right after the other, in an order that changes every round."""
+        for round in range(self.rounds):
+            yield Load("idle", 0, True, round)
+            for backend in BACKENDS:
+                for readers in self.readers:
+                    for ioeventfd in (True, False) if round % 2 == 0 else (False, True):
+                        yield Load(backend, readers, ioeventfd, round)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is done in one window; `idle` has no reader, only the counting process."""
+
+    backend: str
+    readers: int
+    ioeventfd: bool
+    round: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened in one window: the differences of the queue's counters, and how far the guest counted."""
+
+    load: Load
+    seconds: float
+    counted_per_second: float
+    chains: int
+    notifies: int
+    kicks: int
+    wakeups: int
+    interrupts: int
+
+
+class SlowDisk(BlockBackend):
+    """Takes 3 ms for every request, as a disk somewhere in a network may."""
+
+    def __init__(self, disk: File) -> None:
+        self.disk = disk
+        self.capacity = disk.capacity
+
+    def pread(self, length: int, offset: int) -> bytes:
+        time.sleep(SLOW_SECONDS)
+        return self.disk.pread(length, offset)
+
+
+def measure(plan: Plan, report: Report) -> None:
+    """Boot Linux with the disk and measure; `report` gets what happens as it happens."""
+    with LinuxGuest(functions=files("pyvirtio.demo").joinpath("load.sh").read_text()) as guest:
+        file = File(Path(plan.disk), readonly=True)
+        disks = {
+            "file": guest.machine.add(Blk(file), "file"),
+            "slow": guest.machine.add(Blk(SlowDisk(file)), "slow"),
+        }
+        report("boot", kernel=guest.kernel.version)
+        guest.boot()
+        report("checksum", kernel_seconds=float(guest.run("cut -d' ' -f1 /proc/uptime")), exits=guest.machine.exits)
+        report("sha256", sha256=guest.run("sha256sum /dev/vda", timeout=CHECKSUM_TIMEOUT).split()[0])
+        for load in plan.windows():
+            report("load", **asdict(load))
+            report("window", **asdict(run_window(guest, disks, load, plan.seconds)))
+        guest.type("poweroff -f")
+        guest.wait()
+
+
+def run_window(guest: LinuxGuest, disks: dict[str, VirtioPci], load: Load, seconds: float) -> Window:
+    """Set the property, let the guest work, and look at the counters when its window begins and ends."""
+    disk = disks.get(load.backend, disks["file"])
+    disk.ioeventfd = load.ioeventfd
+    [vq] = disk.dataplane.queues
+    snapshots: list[tuple[float, dict[str, int]]] = []
+    marks: list[float] = []
+    counted: list[int] = []
+
+    def on_line(line: str) -> None:
+        name, _, value = line.partition(" ")
+        if name in ("::begin", "::end"):
+            snapshots.append((time.monotonic(), vq.counters))
+            marks.append(float(value))
+        elif name == "::counted":
+            counted.append(int(value))
+
+    name = f"/dev/vd{'ab'[load.backend == 'slow']}"
+    guest.run(f"load {name} {load.readers} {seconds:g}", on_line, seconds + LINE_TIMEOUT)
+    (start, before), (end, after) = snapshots
+    return Window(
+        load=load,
+        seconds=end - start,
+        counted_per_second=(counted[1] - counted[0]) / (marks[1] - marks[0]),
+        **{key: after[key] - before[key] for key in ("chains", "notifies", "kicks", "wakeups", "interrupts")},
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The program that the lab runs: the argument is a `Plan` as JSON."""
+    plan = json.loads(arguments[0])
+
+    def report(event: str, **figures: Any) -> None:
+        print(json.dumps({"event": event, **figures}), flush=True)
+
+    try:
+        measure(Plan(**{**plan, "readers": tuple(plan["readers"])}), report)
+    except ConfigError as error:
+        print(f"pyvirtio: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
