@@ -10,6 +10,7 @@ from pyvirtio.spec import NO_VECTOR, DeviceId, Status
 from pyvirtio.testing import Guest
 from pyvirtio.testing.driver import VirtioDriver
 from pyvirtio.testing.registers import COMMON
+from pyvirtio.testing.ring import WRITE, Desc
 
 QUEUE_REGISTERS = ["queue_size", "queue_enable", "queue_desc", "queue_driver", "queue_device"]
 
@@ -242,9 +243,9 @@ def test_a_notify_of_a_queue_that_does_not_exist_is_ignored(guest: Guest, transp
 def test_a_notify_after_a_reset_is_ignored(guest: Guest) -> None:
     rng = guest.plug(Rng(source=bytes))
     ring, (window, offset) = rng.requestq.ring, rng.notifiers[0]
-    rng.requestq.add(writable=16)
-    rng.requestq.publish()
     rng.reset()
+    ring.add([Desc(0x8000, 16, WRITE)])
+    ring.publish()
     with guest.only_writes():
         window.write(offset, 2, 0)
     assert ring.used_idx == 0

@@ -1,5 +1,7 @@
 """The device status: what a driver may do, and what happens to one that does something else."""
 
+from typing import Any
+
 import pytest
 
 from pyvirtio.devices.rng import Rng
@@ -11,7 +13,7 @@ ACKNOWLEDGED = Status.ACKNOWLEDGE | Status.DRIVER
 UP = ACKNOWLEDGED | Status.FEATURES_OK | Status.DRIVER_OK
 
 
-def found(guest: Guest, **properties: bool) -> VirtioDriver:
+def found(guest: Guest, **properties: Any) -> VirtioDriver:
     """A driver that has seen the device, and no more."""
     driver = guest.plug(Rng(source=bytes), start=False, **properties)
     driver.status = ACKNOWLEDGED
@@ -22,7 +24,7 @@ def serves(rng: VirtioDriver) -> bool:
     """Whether a request is answered; tells a stopped device by its silence to a notify on this thread."""
     buffer = rng.requestq.add(writable=16)
     rng.requestq.kick()
-    return buffer.wait() == bytes(16)
+    return bool(buffer.wait() == bytes(16))
 
 
 def is_silent(rng: VirtioDriver) -> bool:

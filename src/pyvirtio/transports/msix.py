@@ -105,7 +105,7 @@ class MsixTable:
         try:
             self.accel.route_msi(self.vectors[index], address, data)
         except OSError as error:
-            log.warning("%s: vector %d stays masked: %s", self.name, index, error)
+            log.warning("%s: vector %d stays masked: %s", self.name, index, error.strerror)
             return False
         self._routes[index] = address, data
         return True
