@@ -201,7 +201,7 @@ class HostNotifiers:
             "%s: %s: no ioeventfd (%s); notifies are served synchronously",
             self.name,
             failure.vq.name,
-            failure,
+            self.reasons[failure.vq.index],
         )
 
     def _serve_once(self) -> None:
