@@ -1,5 +1,10 @@
 # The load that the demo measures, in the guest.
 
+# Each read is to be a request of its own, not part of what an I/O scheduler has collected.
+for disk in /sys/block/vd*; do
+    echo none >"$disk/queue/scheduler"
+done
+
 # reader DISK BLOCK: read 4 KiB blocks from BLOCK to the end of the disk, again and again, past the page cache.
 reader() {
     while [ -e /tmp/load ]; do

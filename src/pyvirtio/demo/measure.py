@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
-from pyvirtio.demo.guest import LinuxGuest
+from pyvirtio.demo.guest import GuestFailed, LinuxGuest
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
 from pyvirtio.transports.pci import VirtioPci
@@ -39,8 +39,8 @@ class Plan:
     def windows(self) -> Iterator["Load"]:
         """Each load with ioeventfd on and off, one right after the other, in an order that changes every round."""
         for round in range(self.rounds):
-            yield Load("idle", 0, True, round)
             for backend in BACKENDS:
+                yield Load(backend, 0, True, round)
                 for readers in self.readers:
                     for ioeventfd in (True, False) if round % 2 == 0 else (False, True):
                         yield Load(backend, readers, ioeventfd, round)
@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Load:
-    """What is done in one window; `idle` has no reader, only the counting process."""
+    """What is done in one window. Without readers the disk is idle and only the counting process runs."""
 
     backend: str
     readers: int
@@ -92,8 +92,8 @@ def measure(plan: Plan, report: Report) -> None:
         }
         report("boot", kernel=guest.kernel.version)
         guest.boot()
-        report("checksum", kernel_seconds=float(guest.run("cut -d' ' -f1 /proc/uptime")), exits=guest.machine.exits)
-        report("sha256", sha256=guest.run("sha256sum /dev/vda", timeout=CHECKSUM_TIMEOUT).split()[0])
+        report("checksum", userspace_exits=guest.machine.exits)
+        report("measure", sha256=guest.run("sha256sum /dev/vda", timeout=CHECKSUM_TIMEOUT).split()[0])
         for load in plan.windows():
             report("load", **asdict(load))
             report("window", **asdict(run_window(guest, disks, load, plan.seconds)))
@@ -103,7 +103,7 @@ def measure(plan: Plan, report: Report) -> None:
 
 def run_window(guest: LinuxGuest, disks: dict[str, VirtioPci], load: Load, seconds: float) -> Window:
     """Set the property, let the guest work, and look at the counters when its window begins and ends."""
-    disk = disks.get(load.backend, disks["file"])
+    disk = disks[load.backend]
     disk.ioeventfd = load.ioeventfd
     [vq] = disk.dataplane.queues
     snapshots: list[tuple[float, dict[str, int]]] = []
@@ -118,8 +118,8 @@ def run_window(guest: LinuxGuest, disks: dict[str, VirtioPci], load: Load, secon
         elif name == "::counted":
             counted.append(int(value))
 
-    name = f"/dev/vd{'ab'[load.backend == 'slow']}"
-    guest.run(f"load {name} {load.readers} {seconds:g}", on_line, seconds + LINE_TIMEOUT)
+    device = {"file": "/dev/vda", "slow": "/dev/vdb"}[load.backend]
+    guest.run(f"load {device} {load.readers} {seconds:g}", on_line, seconds + LINE_TIMEOUT)
     (start, before), (end, after) = snapshots
     return Window(
         load=load,
@@ -130,7 +130,7 @@ def run_window(guest: LinuxGuest, disks: dict[str, VirtioPci], load: Load, secon
 
 
 def main(arguments: list[str]) -> int:
-    """The program that the lab runs: the argument is a `Plan` as JSON."""
+    """The program that the lab runs: the argument is a `Plan` as JSON, and each event a line of it."""
     plan = json.loads(arguments[0])
 
     def report(event: str, **figures: Any) -> None:
@@ -141,6 +141,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"pyvirtio: {error}")
         return 2
+    except GuestFailed as failure:
+        print(failure)
+        return 1
     return 0
 
 

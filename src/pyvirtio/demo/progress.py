@@ -1,0 +1,84 @@
+"""What the demo is doing, shown while it does it: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pyvirtio.demo.table import NAMES
+
+STEPS = {
+    "boot": "Linux boots in a virtual machine of pyvirtio",
+    "checksum": "the guest reads the whole disk for its sha256",
+    "measure": "the guest reads and counts, with ioeventfd on and off in turn",
+}
+
+
+class Steps:
+    """The steps of the demo, each with the time it took, and a bar for the windows of the measurement."""
+
+    def __init__(self, console: Console, windows: int) -> None:
+        self.console = console
+        self._windows = windows
+        self._done = 0
+        self._step = ""
+        self._since = 0.0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=windows)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def step(self, what: str) -> None:
+        """Begin with something that takes a while; what was being done before is done."""
+        self._finish()
+        self._step, self._since = what, time.monotonic()
+        self._progress.update(self._task, description=what)
+        if not self.console.is_terminal:
+            self.console.print(f"  {what} ...")
+
+    def show(self, event: str, figures: dict[str, Any]) -> None:
+        """An event of the measurement."""
+        if event in STEPS:
+            self.step(STEPS[event])
+        elif event == "load":
+            self._progress.update(self._task, description=describe(figures))
+        elif event == "window":
+            self._window(figures)
+
+    def _window(self, window: dict[str, Any]) -> None:
+        self._done += 1
+        self._progress.update(self._task, completed=self._done)
+        if not self.console.is_terminal:
+            speed = f"{window['chains'] / window['seconds']:,.0f} reads/s, {window['notifies']:,} notify exits"
+            self.console.print(f"  {self._done:2}/{self._windows}  {describe(window['load']):<44} {speed}")
+
+    def _finish(self) -> None:
+        if self._step:
+            self.console.print(f"[green]✓[/] {self._step} ({time.monotonic() - self._since:.1f} s)")
+        self._step = ""
+
+
+def describe(load: dict[str, Any]) -> str:
+    """A load in words."""
+    if not load["readers"]:
+        return "idle disks, for comparison"
+    plural = "s" if load["readers"] > 1 else ""
+    mode = "on" if load["ioeventfd"] else "off"
+    return f"{NAMES[load['backend']]}, {load['readers']} reader{plural}, ioeventfd {mode}"

@@ -1,0 +1,100 @@
+"""What the demo's windows say together: medians with their spread, and whether the promises were kept."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from pyvirtio.demo.measure import BACKENDS, Load, Window
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure of several rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One load over all rounds.
+
+    `cpu_left` is the speed of the counting process relative to its speed in the same round while the disk is idle.
+    Counts are sums of all rounds; `requests_at_once` is how many requests a wake-up or, with ioeventfd off, a notify exit served.
+    """
+
+    backend: str
+    readers: int
+    ioeventfd: bool
+    reads_per_second: Spread
+    cpu_left: Spread
+    reads: int
+    notify_exits: int
+    kicks: int
+    wakeups: int
+    requests_at_once: float
+    interrupts: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the demo found out."""
+
+    kernel: str
+    host_sha256: str
+    guest_sha256: str
+    windows: list[Window]
+
+    @classmethod
+    def of(cls, host_sha256: str, events: Iterable[tuple[str, dict[str, Any]]]) -> Self:
+        """Of the events that `measure` reported, which may have travelled as JSON."""
+        events = list(events)
+        figures = {
+            name: value for event, given in events for name, value in given.items() if event in ("boot", "measure")
+        }
+        windows = [Window(**{**given, "load": Load(**given["load"])}) for event, given in events if event == "window"]
+        return cls(figures["kernel"], host_sha256, figures["sha256"], windows)
+
+    def rows(self) -> list[Row]:
+        """A row for each load: by backend and number of readers, ioeventfd off and then on."""
+        loads = {(w.load.backend, w.load.readers) for w in self.windows if w.load.readers}
+        ordered = sorted(loads, key=lambda load: (BACKENDS.index(load[0]), load[1]))
+        return [self.row(backend, readers, mode) for backend, readers in ordered for mode in (False, True)]
+
+    def row(self, backend: str, readers: int, ioeventfd: bool) -> Row:
+        load = (backend, readers, ioeventfd)
+        windows = [w for w in self.windows if (w.load.backend, w.load.readers, w.load.ioeventfd) == load]
+        idle = {(w.load.backend, w.load.round): w.counted_per_second for w in self.windows if not w.load.readers}
+        reads, exits, wakeups = (sum(getattr(w, name) for w in windows) for name in ("chains", "notifies", "wakeups"))
+        return Row(
+            *load,
+            reads_per_second=Spread.of(w.chains / w.seconds for w in windows),
+            cpu_left=Spread.of(w.counted_per_second / idle[backend, w.load.round] for w in windows),
+            reads=reads,
+            notify_exits=exits,
+            kicks=sum(w.kicks for w in windows),
+            wakeups=wakeups,
+            requests_at_once=reads / max(1, wakeups if ioeventfd else exits),
+            interrupts=sum(w.interrupts for w in windows),
+        )
+
+    def problems(self) -> list[str]:
+        """Which of the demo's promises were broken, one line for each."""
+        problems = []
+        if self.guest_sha256 != self.host_sha256:
+            problems.append(f"the guest read other data: sha256 {self.guest_sha256} instead of {self.host_sha256}")
+        exits = sum(w.notifies for w in self.windows if w.load.ioeventfd)
+        if exits:
+            problems.append(f"{exits} notifies left the guest although ioeventfd was on")
+        return problems
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures: the rows of the table, and the windows they come from."""
+        return {**asdict(self), "problems": self.problems(), "rows": [asdict(row) for row in self.rows()]}
