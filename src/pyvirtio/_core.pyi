@@ -225,7 +225,7 @@ class BlkPlane:
         flush: bool = True,
         discard: bool = False,
         write_zeroes: bool = False,
-        serial: bytes = b"",
+        serial: bytes = ...,
         block_size: int = 512,
         max_discard_sectors: int = 0,
         max_write_zeroes_sectors: int = 0,

@@ -11,6 +11,7 @@ from pyvirtio.cli.devices import device_class, device_properties, print_device, 
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, properties_of
+from pyvirtio.testing import Guest
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,6 +48,13 @@ def test_a_class_comes_from_a_file(dice: Path) -> None:
     assert bind(cls, {"sides": "20"}, "dice0") == {"sides": 20}
     with pytest.raises(ConfigError, match="dice0: sides=1 is not allowed: an integer, 2 to 255"):
         bind(cls, {"sides": "1"}, "dice0")
+
+
+def test_the_device_of_the_readme_throws_its_dice(dice: Path, guest: Guest) -> None:
+    driver = guest.plug(device_class(f"{dice}:Dice")(sides=3))
+    buffer = driver.requestq.add(writable=200)
+    driver.requestq.kick()
+    assert set(buffer.wait()) == {1, 2, 3}
 
 
 def test_a_class_comes_from_a_module() -> None:
