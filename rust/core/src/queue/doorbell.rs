@@ -31,7 +31,7 @@ pub enum Pass {
 /// How a drain ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drained {
-    /// Another thread serves the queue and will look once more.
+    /// Another thread serves the queue, and will look once more.
     Elsewhere,
     Empty,
     /// The budget is used up; there may be more.
@@ -76,7 +76,7 @@ impl Doorbell {
     pub fn detach(&self, queue: &impl Serve) {
         self.attached.store(false, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        if self.kick.take() > 0 {
+        if !cfg!(lose_last_read) && self.kick.take() > 0 {
             self.service(queue);
         }
     }
@@ -103,30 +103,24 @@ impl Doorbell {
         if !self.entry.enter() {
             return Drained::Elsewhere;
         }
-        loop {
-            self.entry.begin();
-            queue.begin();
-            let end = loop {
-                match queue.pass() {
-                    Pass::Took => (),
-                    Pass::Idle => break Drained::Empty,
-                    Pass::Spent => break Drained::Spent,
-                }
-            };
-            if self.entry.leave(end == Drained::Spent || self.entry.is_awaited()) {
-                return end;
+        queue.begin();
+        let end = loop {
+            match queue.pass() {
+                Pass::Took => (),
+                Pass::Idle => break Drained::Empty,
+                Pass::Spent => break Drained::Spent,
             }
-        }
+        };
+        self.entry.exit();
+        end
     }
 }
 
-const IDLE: u8 = 0;
-const RUNNING: u8 = 1;
-const AGAIN: u8 = 2;
-
-/// Lets one thread in at a time, without a lock: who comes second leaves a mark, and the first looks once more.
+/// Lets one thread in at a time, without a lock.
+///
+/// Who finds it busy may go: the thread that is in looks at the ring once more after it has left.
 pub struct Entry {
-    state: AtomicU8,
+    busy: AtomicBool,
     waiting: AtomicU8,
     lock: Mutex<()>,
     left: Condvar,
@@ -134,34 +128,17 @@ pub struct Entry {
 
 impl Entry {
     fn new() -> Self {
-        Self { state: AtomicU8::new(IDLE), waiting: AtomicU8::new(0), lock: Mutex::new(()), left: Condvar::new() }
+        Self { busy: AtomicBool::new(false), waiting: AtomicU8::new(0), lock: Mutex::new(()), left: Condvar::new() }
     }
 
-    /// True: this thread is in. False: the thread that is in has been told to look again.
     fn enter(&self) -> bool {
-        self.state.swap(AGAIN, Ordering::SeqCst) == IDLE
+        !self.busy.swap(true, Ordering::SeqCst)
     }
 
-    /// Forget the marks so far: what they were for will be seen now.
-    fn begin(&self) {
-        self.state.swap(RUNNING, Ordering::SeqCst);
-    }
-
-    /// False if somebody left a mark and `regardless` is not set: then this thread is still in.
-    fn leave(&self, regardless: bool) -> bool {
-        let marked = self.state.compare_exchange(RUNNING, IDLE, Ordering::SeqCst, Ordering::SeqCst).is_err();
-        if marked && !regardless {
-            return false;
-        }
-        if marked {
-            self.state.swap(IDLE, Ordering::SeqCst);
-        }
-        self.wake();
-        true
-    }
-
-    fn wake(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
+    pub fn exit(&self) {
+        // A swap and no store: what came before the swap of somebody who was turned away is visible from here on.
+        self.busy.swap(false, Ordering::SeqCst);
+        if self.is_awaited() {
             drop(self.lock.lock());
             self.left.notify_all();
         }
@@ -171,7 +148,7 @@ impl Entry {
     pub fn wait_and_enter(&self) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut held = self.lock.lock();
-        while self.state.compare_exchange(IDLE, RUNNING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        while !self.enter() {
             held = match held {
                 Ok(guard) => self.left.wait(guard),
                 Err(poisoned) => self.left.wait(poisoned.into_inner()),
@@ -179,10 +156,6 @@ impl Entry {
         }
         drop(held);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    pub fn exit(&self) {
-        self.leave(true);
     }
 
     /// Whether somebody waits for the thread that is in to leave.

@@ -1,6 +1,8 @@
 //! A virtqueue: takes chains from a ring, hands them to a handler and gives them back (virtio 1.3, 2.6).
 
 pub mod doorbell;
+#[cfg(all(test, loom))]
+mod model;
 pub mod notify;
 mod service;
 mod split;
