@@ -3,6 +3,7 @@
 import fcntl
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -105,6 +106,9 @@ class File(BlockBackend):
 
     def close(self) -> None:
         if self._fd >= 0:
+            # A plane may still hold a duplicate, which shares the lock.
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
 

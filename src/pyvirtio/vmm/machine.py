@@ -51,12 +51,12 @@ class Machine(Board):
     ) -> None:
         if not 1 <= smp <= MAX_CPUS:
             raise ConfigError(f"smp {smp}: allowed are 1 to {MAX_CPUS} CPUs")
-        kvm = Kvm(allocate(memory))
-        super().__init__(kvm)
+        self._kvm = Kvm(allocate(memory))
+        super().__init__(self._kvm)
         self.boot = boot
         self.smp = smp
-        self.vm = kvm.vm
-        self.memory = kvm.memory
+        self.vm = self._kvm.vm
+        self.memory = self._kvm.memory
         self.serial = _core.Serial(self.vm.irq_line(layout.COM1_IRQ), console_fd)
         self.vm.attach_serial(self.serial, layout.COM1_PORT)
         self.power = platform.PowerManagement(lambda: self._events.put(Outcome.POWEROFF))
@@ -73,8 +73,13 @@ class Machine(Board):
         self._vcpus = [self.vm.create_vcpu(index) for index in range(smp)]
         for vcpu in self._vcpus:
             vcpu.set_cpuid(smp)
+        self.on_close(self._release)
         self._threads: list[threading.Thread] = []
         self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+    def add_chip(self, chip: platform.PortDevice) -> None:
+        """Let `chip` answer its ports; before `run`. Its methods are called on the vCPU threads."""
+        self._chips.append(chip)
 
     def run(self, *, reboot: bool = True) -> Outcome:
         """Run the guest until it powers off, or `quit`; with `reboot`, through any number of resets.
@@ -105,10 +110,12 @@ class Machine(Board):
     def close(self) -> None:
         self._stop_cpus()
         super().close()
-        # Whoever holds the last of these closes the VM's file descriptors.
+
+    def _release(self) -> None:
+        """Drop all references to the VM, which closes its file descriptors, whoever still holds a device or us."""
         self._vcpus.clear()
         self._chips.clear()
-        del self.serial, self.vm, self.accel
+        del self.serial, self.vm, self._kvm.vm
 
     def _load(self) -> None:
         """Put into memory what the first CPU starts with, and point it there."""

@@ -90,6 +90,11 @@ def dec_word(name: str) -> Reference:
     return Reference(b"\xff\x0e", name, 2, relative=False)
 
 
+def cmp_ax(value: int) -> bytes:
+    """The zero flag says whether they are equal."""
+    return b"\x3d" + value.to_bytes(2, "little")
+
+
 def inc_word_at(address: int) -> bytes:
     return b"\xff\x06" + address.to_bytes(2, "little")
 
