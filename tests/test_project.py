@@ -60,6 +60,20 @@ def test_a_transport_knows_no_kvm() -> None:
         assert not {"Vm", "Vcpu"} & {getattr(node, "id", None) for node in ast.walk(ast.parse(path.read_text()))}
 
 
+def test_the_architecture_names_every_source_file() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    python = [path.relative_to(PACKAGE) for path in SOURCES if path.name != "__init__.py"]
+    rust = [path.relative_to(ROOT) for path in (ROOT / "rust").rglob("*.rs") if "/src/" in str(path)]
+    assert [str(path) for path in [*python, *rust] if f"`{path}`" not in text] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_that_a_document_names_exist(document: Path) -> None:
+    named = re.findall(r"`([\w./-]*(?:/|\.(?:py|pyi|rs|md|sh|toml)))`", document.read_text())
+    missing = [name for name in named if not any((base / name).exists() for base in (ROOT, PACKAGE))]
+    assert set(missing) <= {"mine.py", "dice.py"}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
