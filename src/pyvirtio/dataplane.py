@@ -163,8 +163,15 @@ class Dataplane:
                 vq.stop()
         if self._active:
             self._active = False
-            self.device.reset()
+            self._reset_device()
         self.state.reset()
+
+    def _reset_device(self) -> None:
+        try:
+            self.device.reset()
+        except Exception:
+            # A defect of a user's device must not keep its driver from starting over.
+            log.exception("%s: the device failed to reset", self.device.name)
 
     def notify(self, index: int) -> None:
         """A notify that reached userspace; ignored for a queue that does not exist or has no ring."""

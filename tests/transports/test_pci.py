@@ -155,6 +155,12 @@ def test_no_interface_at_all_is_refused(guest: Guest, device: type[Device]) -> N
         guest.plug(device(), name="gadget7", disable_modern=True, disable_legacy=device is Rng)
 
 
+@pytest.mark.parametrize("vectors", [-1, 2049])
+def test_vectors_that_a_table_cannot_have(guest: Guest, vectors: int) -> None:
+    with pytest.raises(ConfigError, match=f"rng7: vectors={vectors}: allowed are 0 to 2048"):
+        guest.plug(Rng(), name="rng7", vectors=vectors)
+
+
 def test_a_device_without_a_legacy_interface_has_no_legacy_bar(guest: Guest) -> None:
     assert LEGACY not in guest.plug(Gadget(), start=False).pci.bars
 
@@ -202,3 +208,33 @@ def test_a_config_change_sets_both_isr_bits(guest: Guest, transport: Transport) 
     assert panel.registers.read_isr() == 3
     assert not guest.accel.lines[panel.pci.slot].level
     assert panel.registers.read_isr() == 0
+
+
+class Broken(Panel):
+    """A device whose author made mistakes."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        raise ZeroDivisionError("write_config")
+
+    resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+        if self.resets == 1:
+            raise ZeroDivisionError("reset")
+
+
+@pytest.mark.parametrize("transport", ["modern", "legacy"])
+def test_a_device_that_fails_breaks_alone_and_can_be_reset(
+    guest: Guest, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, rng = guest.plug(Broken(), transport=transport), guest.plug(Rng(source=bytes))
+    broken.config.level = 1
+    assert broken.wait_needs_reset() == "write_config"
+    broken.start()
+    assert "failed to reset" in caplog.text
+    for driver, vq in ((broken, broken.queues[0]), (rng, rng.requestq)):
+        buffer = vq.add(writable=16)
+        vq.kick()
+        buffer.wait()
+        assert not driver.why_broken

@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from pyvirtio._core import GuestMemory, IrqLine, MsixVector
 from pyvirtio.dataplane import Dataplane, QueueSetup
-from pyvirtio.device import Device
 from pyvirtio.errors import GuestError
 from pyvirtio.spec import Feature, Status
 
 Undo = Callable[[], object]
+Result = TypeVar("Result")
 
 log = logging.getLogger("pyvirtio")
 
@@ -42,12 +42,6 @@ class Accelerator(Protocol):
 
     def intx_line(self, slot: int) -> IrqLine:
         """An input of the interrupt line that INTA of this slot is wired to."""
-
-
-def write_device_config(device: Device, offset: int, size: int, value: int) -> None:
-    """A driver's write to the configuration space of the device; ignored past its end."""
-    if offset + size <= len(device.config_bytes()):
-        device.write_config(offset, value.to_bytes(size, "little"))
 
 
 class DriverState:
@@ -103,15 +97,14 @@ class DriverState:
         self._bus_master = value
         self._settle()
 
-    @property
-    def selected(self) -> QueueSetup | None:
-        """The queue that `queue_select` names, if it exists."""
-        return self.setups[self.queue_select] if self.queue_select < len(self.setups) else None
+    def setup(self, index: int) -> QueueSetup | None:
+        """What is known of a queue, if it exists."""
+        return self.setups[index] if index < len(self.setups) else None
 
     @property
     def configurable(self) -> QueueSetup | None:
         """The selected queue while its registers may be written: it is disabled and DRIVER_OK is clear."""
-        setup = self.selected
+        setup = self.setup(self.queue_select)
         return setup if setup and not setup.enabled and Status.DRIVER_OK not in self._status else None
 
     def offered_word(self) -> int:
@@ -171,7 +164,7 @@ class DriverState:
         """QUEUE_PFN: served from now on, because a legacy driver may kick before DRIVER_OK."""
         self.agree_legacy()
         setup.enabled = True
-        self._try(lambda: self._start_legacy_queue(self.queue_select))
+        self._guard(lambda: self._start_legacy_queue(self.queue_select))
 
     def _start_legacy_queue(self, index: int) -> None:
         self.dataplane.activate(self.features or 0)
@@ -179,11 +172,21 @@ class DriverState:
 
     def stop_legacy_queue(self) -> None:
         """QUEUE_PFN = 0: give the selected ring up."""
-        setup = self.selected
+        setup = self.setup(self.queue_select)
         if setup and setup.enabled:
             self.dataplane.stop_queue(self.queue_select)
             self._positions.pop(self.queue_select, None)
             self.setups[self.queue_select] = QueueSetup(size=setup.size)
+
+    def read_config(self) -> bytes:
+        """The configuration space of the device; never blocks."""
+        return self._guard(self.dataplane.device.config_bytes) or b""
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """A driver's write to it; ignored past its end."""
+        if offset + size <= len(self.read_config()):
+            data = value.to_bytes(size, "little")
+            self._guard(lambda: self.dataplane.device.write_config(offset, data))
 
     def notify(self, index: int) -> None:
         """A notify that reached userspace; from any thread, without a lock."""
@@ -192,6 +195,8 @@ class DriverState:
 
     def reset(self) -> None:
         """Forget the driver. Waits for I/O in flight; the status reads 0 once that is done."""
+        if self._running:
+            log.info("%s: reset", self.dataplane.state.name)
         self._running = False
         self.dataplane.stop()
         self._forget()
@@ -210,7 +215,10 @@ class DriverState:
             self._pause()
 
     def _start(self) -> None:
-        self._running = self._try(self._start_all)
+        self._guard(self._start_all)
+        self._running = not self.dataplane.state.broken
+        if self._running:
+            log.info("%s: driver up, features %#x", self.dataplane.state.name, self.features)
 
     def _start_all(self) -> None:
         for index, setup in enumerate(self.setups):
@@ -228,21 +236,19 @@ class DriverState:
         self._running = False
         self._positions = self.dataplane.pause()
 
-    def _try(self, start: Callable[[], None]) -> bool:
-        """Whether `start` succeeded; if not, the device needs a reset and the machine goes on."""
+    def _guard(self, call: Callable[[], Result]) -> Result | None:
+        """The result of `call`; if it fails the device needs a reset, and the machine goes on."""
         try:
-            start()
+            return call()
         except GuestError as error:
             self._fail(error)
         except Exception as error:
-            # A user's device, which must not take the machine down.
-            log.exception("%s: cannot start", self.dataplane.state.name)
+            # A defect of a user's device must not end the thread of a vCPU.
+            log.exception("%s: the device failed", self.dataplane.state.name)
             self._fail(error)
-        else:
-            return True
-        return False
+        return None
 
     def _fail(self, error: Exception) -> None:
         state = self.dataplane.state
         state.driver_ok = Status.DRIVER_OK in self._status
-        state.fail(str(error))
+        state.fail(f"{error}" or type(error).__name__)

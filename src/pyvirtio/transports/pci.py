@@ -17,7 +17,7 @@ from pyvirtio.errors import ConfigError
 from pyvirtio.properties import Range
 from pyvirtio.spec import DeviceId, Feature
 from pyvirtio.transports import msix, pci_legacy
-from pyvirtio.transports.base import Accelerator, DriverState, IoAddress, Undo, write_device_config
+from pyvirtio.transports.base import Accelerator, DriverState, IoAddress, Undo
 from pyvirtio.transports.msix import MsixTable
 from pyvirtio.transports.pci_capabilities import VENDOR_SPECIFIC, CfgType, ConfigWindow, describe
 from pyvirtio.transports.pci_config import (
@@ -100,7 +100,7 @@ class VirtioPci(PciFunction):
             self._assign_ioeventfd,
             ioeventfd=device.ioeventfd if ioeventfd is None else ioeventfd,
         )
-        self._add_interrupts(len(device.queues) + 1 if vectors is None else vectors)
+        self._add_interrupts(len(self.dataplane.queues) + 1 if vectors is None else vectors)
         self.driver = self._driver_state(has_legacy, event_idx, indirect_desc)
         self.legacy = self._add_legacy() if has_legacy else None
         self.common = None if disable_modern else self._add_modern(modern_pio_notify)
@@ -188,6 +188,8 @@ class VirtioPci(PciFunction):
         self.config.put(INTERRUPT_PIN, b"\1")
 
     def _add_interrupts(self, vectors: int) -> None:
+        if not 0 <= vectors <= msix.MAX_VECTORS:
+            raise ConfigError(f"{self.name}: vectors={vectors}: allowed are 0 to {msix.MAX_VECTORS}")
         self.msix = MsixTable(self.name, vectors, self.accel) if vectors else None
         if self.msix is not None:
             body, writable = self.msix.capability(MSIX_BAR)
@@ -263,7 +265,7 @@ class VirtioPci(PciFunction):
             return self.interrupts.isr.read() if offset == ISR_REGION else 0
         if offset < NOTIFY_REGION:
             start = offset - DEVICE_REGION
-            return int.from_bytes(self.device.config_bytes()[start : start + size], "little")
+            return int.from_bytes(self.driver.read_config()[start : start + size], "little")
         return 0
 
     def _write_register(self, bar: int, offset: int, size: int, value: int) -> None:
@@ -275,4 +277,4 @@ class VirtioPci(PciFunction):
             if offset < ISR_REGION:
                 self.common.write(offset, size, value)
             elif DEVICE_REGION <= offset < NOTIFY_REGION:
-                write_device_config(self.device, offset - DEVICE_REGION, size, value)
+                self.driver.write_config(offset - DEVICE_REGION, size, value)

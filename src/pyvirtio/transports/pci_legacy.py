@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pyvirtio.device import Device
-from pyvirtio.transports.base import DriverState, write_device_config
+from pyvirtio.transports.base import DriverState
 from pyvirtio.transports.pci_interrupts import Interrupts
 
 HEADER = struct.Struct("<IIIHHHBB")
@@ -29,7 +29,6 @@ class LegacyRegisters:
 
     def __init__(self, driver: DriverState, interrupts: Interrupts) -> None:
         self.driver = driver
-        self.device = driver.dataplane.device
         self.interrupts = interrupts
         self._writers: dict[tuple[int, int], Callable[[int], None]] = {
             (4, 4): driver.write_legacy_features,
@@ -50,13 +49,13 @@ class LegacyRegisters:
     def read(self, offset: int, size: int) -> int:
         if offset == ISR:
             return self.interrupts.isr.read()
-        data = self._header() + self.device.config_bytes()
+        data = self._header() + self.driver.read_config()
         return int.from_bytes(data[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         config = offset - self.config_offset
         if config >= 0:
-            write_device_config(self.device, config, size, value)
+            self.driver.write_config(config, size, value)
             return
         writer = self._writers.get((offset, size))
         if writer is None and self.interrupts.msix_enabled:
@@ -65,27 +64,28 @@ class LegacyRegisters:
             writer(value)
 
     def _header(self) -> bytes:
-        driver, setup = self.driver, self.driver.selected
+        driver, select = self.driver, self.driver.queue_select
+        setup = driver.setup(select)
         header = HEADER.pack(
             driver.legacy_offered,
             driver.driver_features & 0xFFFFFFFF,
             setup.desc // PAGE & 0xFFFFFFFF if setup else 0,
             setup.size if setup else 0,
-            driver.queue_select,
+            select,
             0,
             driver.status,
             0,
         )
         if not self.interrupts.msix_enabled:
             return header
-        vector = self.interrupts.queue_vectors[driver.queue_select] if setup else 0
+        vector = self.interrupts.queue_vectors[select] if setup else 0
         return header + VECTORS.pack(self.interrupts.config_vector, vector)
 
     def _select_queue(self, value: int) -> None:
         self.driver.queue_select = value
 
     def _set_vector(self, value: int) -> None:
-        if self.driver.selected:
+        if self.driver.setup(self.driver.queue_select):
             self.interrupts.set_queue_vector(self.driver.queue_select, value)
 
     def _set_page(self, page: int) -> None:

@@ -46,7 +46,7 @@ class CommonConfig:
             writer(value)
 
     def _registers(self) -> bytes:
-        driver = self.driver
+        driver, select = self.driver, self.driver.queue_select
         return LAYOUT.pack(
             driver.device_feature_select,
             driver.offered_word(),
@@ -56,13 +56,13 @@ class CommonConfig:
             len(driver.setups),
             driver.status,
             driver.dataplane.device.config_generation,
-            driver.queue_select,
-            *self._queue_registers(),
+            select,
+            *self._queue_registers(select),
         )
 
-    def _queue_registers(self) -> tuple[int, ...]:
-        """queue_size to queue_device of the selected queue; all 0 where there is none."""
-        setup, select = self.driver.selected, self.driver.queue_select
+    def _queue_registers(self, select: int) -> tuple[int, ...]:
+        """queue_size to queue_device of a queue; all 0 where there is none."""
+        setup = self.driver.setup(select)
         if setup is None:
             return (0,) * 7
         vector = self.interrupts.queue_vectors[select]
@@ -84,7 +84,7 @@ class CommonConfig:
             setup.size = value
 
     def _set_vector(self, value: int) -> None:
-        if self.driver.selected:
+        if self.driver.setup(self.driver.queue_select):
             self.interrupts.set_queue_vector(self.driver.queue_select, value)
 
     def _enable(self, value: int) -> None:
