@@ -259,7 +259,7 @@ class Serial:
 
 @final
 class Vm:
-    """A virtual machine of `/dev/kvm`. Errors are `OSError`."""
+    """A virtual machine of `/dev/kvm`. Errors are `OSError`, whose `filename` is the call that failed."""
 
     def __new__(cls, device: str = "/dev/kvm") -> Self: ...
     def set_memory(self, memory: GuestMemory) -> None: ...

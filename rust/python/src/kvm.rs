@@ -18,7 +18,7 @@ use crate::memory::GuestMemory;
 
 fn os_error(error: Error) -> PyErr {
     match error {
-        Error::Call { errno, .. } => PyOSError::new_err((errno, error.to_string())),
+        Error::Call { call, errno } => PyOSError::new_err((errno, kvm::strerror(errno), call)),
         Error::Guest(reason) => PyRuntimeError::new_err(reason),
     }
 }

@@ -37,7 +37,8 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-fn strerror(errno: i32) -> String {
+/// The text of an errno.
+pub fn strerror(errno: i32) -> String {
     let text = std::io::Error::from_raw_os_error(errno).to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
