@@ -66,6 +66,15 @@ def test_bits_that_were_not_offered_are_dropped(guest: Guest) -> None:
     assert device.activated == pair.registers.offered()
 
 
+def test_bits_written_through_the_modern_registers_are_dropped_too(guest: Guest) -> None:
+    pair = guest.plug(Pair(), start=False)
+    pair.registers.accept((1 << 64) - 1)
+    pair.pci.bars[0].write(STATUS, 1, UP)
+    device = pair.function.device
+    assert isinstance(device, Pair)
+    assert device.activated == pair.pci.bars[0].read(0, 4)
+
+
 def test_a_driver_that_writes_no_features_gets_a_plain_ring(guest: Guest) -> None:
     rng = plug(guest, features=0)
     assert rng.common.driver_features == 0

@@ -157,7 +157,8 @@ class DriverState:
     def agree_legacy(self) -> None:
         """A legacy driver takes the first queue or the device into use: its features are what it has written."""
         if self.features is None:
-            self.features = self.driver_features
+            # Masked once more: the modern registers take any bit.
+            self.features = self.driver_features & (self.legacy_offered or 0)
             self.legacy = True
 
     def start_legacy_queue(self, setup: QueueSetup) -> None:
@@ -210,21 +211,17 @@ class DriverState:
             up = up and Status.FEATURES_OK in self._status
         wanted = up and self._bus_master and not self.dataplane.state.broken
         if wanted and not self._running:
-            self._start()
+            self._guard(self._start)
         elif not wanted and self._running:
             self._pause()
 
     def _start(self) -> None:
-        self._guard(self._start_all)
-        self._running = not self.dataplane.state.broken
-        if self._running:
-            log.info("%s: driver up, features %#x", self.dataplane.state.name, self.features)
-
-    def _start_all(self) -> None:
         for index, setup in enumerate(self.setups):
             if setup.enabled:
                 self._start_queue(index)
         self.dataplane.run(self.features or 0)
+        self._running = True
+        log.info("%s: driver up, features %#x", self.dataplane.state.name, self.features)
 
     def _start_queue(self, index: int) -> None:
         if not self.dataplane.queues[index].ready:
