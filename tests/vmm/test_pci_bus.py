@@ -154,3 +154,19 @@ def test_reset_takes_the_bars_away_until_they_are_placed_again() -> None:
     assert list(function.regions()) == []
     bus.assign_bars()
     assert len(list(function.regions())) == 3
+
+
+def test_every_function_is_closed_even_if_one_fails() -> None:
+    class Closing(Scratch):
+        """Fails to close, after all."""
+
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            raise OSError(5, "Input/output error")
+
+    functions = [Closing(1), Closing(2)]
+    with pytest.raises(OSError, match="Input/output error"):
+        PciBus(functions).close()
+    assert all(function.closed for function in functions)

@@ -92,7 +92,7 @@ class VirtioPci(PciFunction):
         self.accel = accel
         self.lock = RLock()
         self.notify_multiplier = REGION_SIZE if page_per_vq else 4
-        self._identify(slot, has_legacy, not disable_modern)
+        self._identify(slot, has_legacy)
         self.dataplane = Dataplane(
             device,
             name,
@@ -177,7 +177,7 @@ class VirtioPci(PciFunction):
                 undo.callback(self.accel.assign_ioeventfd(vq.kick_fd, at))
             return undo.pop_all().close
 
-    def _identify(self, slot: int, has_legacy: bool, has_modern: bool) -> None:
+    def _identify(self, slot: int, has_legacy: bool) -> None:
         if has_legacy:
             pci_id, revision, subsystem = TRANSITIONAL_IDS[DeviceId(self.device.id)], 0, self.device.id
         else:

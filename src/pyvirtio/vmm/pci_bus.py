@@ -1,6 +1,7 @@
 """The PCI bus of a machine: configuration mechanism 1, the addresses of the BARs, and who answers an access."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from pyvirtio.errors import ConfigError
 from pyvirtio.transports.pci_config import COMMAND, INTERRUPT_LINE, BarKind, Command, PciFunction, Region
@@ -79,8 +80,10 @@ class PciBus:
         self._address = 0
 
     def close(self) -> None:
-        for function in self.functions.values():
-            function.close()
+        """Close every function, even if one of them fails."""
+        with ExitStack() as closing:
+            for function in self.functions.values():
+                closing.callback(function.close)
 
     def pio_read(self, port: int, size: int) -> int:
         if port == CONFIG_ADDRESS and size == 4:
