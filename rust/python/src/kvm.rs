@@ -55,9 +55,11 @@ impl Vm {
         IrqLine::over(Arc::new(self.0.irq_line(gsi)))
     }
 
+    /// KVM may wait for vCPUs here, and one of them may be waiting for the interpreter.
     #[pyo3(signature = (fd, space, address, length, datamatch))]
     fn assign_ioeventfd(
         &self,
+        py: Python<'_>,
         fd: RawFd,
         space: &str,
         address: u64,
@@ -65,12 +67,13 @@ impl Vm {
         datamatch: Option<u64>,
     ) -> PyResult<()> {
         let at = io_address(space, address, length, datamatch)?;
-        self.0.assign_ioeventfd(fd, at).map_err(os_error)
+        py.detach(|| self.0.assign_ioeventfd(fd, at)).map_err(os_error)
     }
 
     #[pyo3(signature = (fd, space, address, length, datamatch))]
     fn deassign_ioeventfd(
         &self,
+        py: Python<'_>,
         fd: RawFd,
         space: &str,
         address: u64,
@@ -78,11 +81,11 @@ impl Vm {
         datamatch: Option<u64>,
     ) -> PyResult<()> {
         let at = io_address(space, address, length, datamatch)?;
-        self.0.deassign_ioeventfd(fd, at).map_err(os_error)
+        py.detach(|| self.0.deassign_ioeventfd(fd, at)).map_err(os_error)
     }
 
-    fn assign_irqfd(&self, fd: RawFd, gsi: u32) -> PyResult<()> {
-        self.0.assign_irqfd(fd, gsi).map_err(os_error)
+    fn assign_irqfd(&self, py: Python<'_>, fd: RawFd, gsi: u32) -> PyResult<()> {
+        py.detach(|| self.0.assign_irqfd(fd, gsi)).map_err(os_error)
     }
 
     /// Waits until the irqfd is out of use, so other threads may run meanwhile.
