@@ -26,8 +26,10 @@ class Reference:
 Item = bytes | Label | Reference
 
 CLI, STI, HLT = b"\xfa", b"\xfb", b"\xf4"
+IN_AL_DX = b"\xec"
 OUT_DX_AL, OUT_DX_AX = b"\xee", b"\xef"
 XOR_AX_AX = b"\x31\xc0"
+MOV_AL_AH = b"\x88\xe0"
 MOV_DS_AX, MOV_SS_AX = b"\x8e\xd8", b"\x8e\xd0"
 
 
@@ -104,7 +106,9 @@ def cmp_word_at(address: int, value: int) -> bytes:
     return b"\x83\x3e" + address.to_bytes(2, "little") + bytes([value])
 
 
-MOV_AL_AH = b"\x88\xe0"
+def any_of_al(bits: int) -> bytes:
+    """The zero flag says whether none of them is set."""
+    return bytes([0xA8, bits])
 
 
 def interrupt(number: int) -> bytes:
@@ -117,6 +121,10 @@ def jmp(name: str) -> Reference:
 
 def jc(name: str) -> Reference:
     return Reference(b"\x0f\x82", name, 2, relative=True)
+
+
+def jz(name: str) -> Reference:
+    return Reference(b"\x0f\x84", name, 2, relative=True)
 
 
 def jnz(name: str) -> Reference:
@@ -154,3 +162,11 @@ def assemble(origin: int, *items: Item) -> bytes:
         elif isinstance(item, bytes):
             code += item
     return code
+
+
+def firmware_image(*items: Item) -> bytes:
+    """64 KiB that end in a jump to the code at their start: what a CPU executes after a reset, with CS = ROM."""
+    size, reset_vector = 0x10000, 0xFFF0
+    image = bytearray(assemble(0, *items).ljust(size, b"\0"))
+    image[reset_vector : reset_vector + 3] = b"\xe9" + (size - reset_vector - 3).to_bytes(2, "little")  # jmp 0
+    return bytes(image)

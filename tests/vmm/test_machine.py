@@ -12,8 +12,8 @@ from code16 import (
     MOV_DS_AX,
     XOR_AX_AX,
     Item,
-    assemble,
     cmp_word_at,
+    firmware_image,
     inc_word_at,
     jmp,
     jnz,
@@ -30,13 +30,12 @@ from pyvirtio.vmm import layout
 from pyvirtio.vmm.board import allocate
 from pyvirtio.vmm.bus import SystemBus
 from pyvirtio.vmm.firmware import Firmware
-from pyvirtio.vmm.layout import KIB, MIB
+from pyvirtio.vmm.layout import MIB
 from pyvirtio.vmm.machine import Machine, Outcome
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm")
 
 HANG = 10
-IMAGE = 64 * KIB
 BOOTS = 0x500
 """A word of RAM, which a reset does not clear."""
 
@@ -46,12 +45,7 @@ FOREVER: tuple[Item, ...] = (label("forever"), jmp("forever"))
 
 
 def firmware(*code: Item) -> Firmware:
-    """An image that runs `code` with DS = 0."""
-    image = bytearray(IMAGE)
-    body = assemble(0, CLI, XOR_AX_AX, MOV_DS_AX, *code)
-    image[: len(body)] = body
-    image[0xFFF0:0xFFF3] = b"\xe9" + (0x10000 - 0xFFF3).to_bytes(2, "little")  # jmp 0
-    return Firmware(Path("test"), bytes(image))
+    return Firmware(Path("test"), firmware_image(CLI, XOR_AX_AX, MOV_DS_AX, *code))
 
 
 @pytest.fixture(autouse=True)

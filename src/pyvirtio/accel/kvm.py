@@ -65,6 +65,10 @@ class Kvm:
                 self.vm.deassign_irqfd(vector.fd, gsi)
                 self._free(gsi)
 
+    def gsi_of(self, vector: MsixVector) -> int | None:
+        """The interrupt that the irqfd of a routed vector is assigned to."""
+        return self._gsis.get(vector)
+
     def _free(self, gsi: int) -> None:
         del self._routes[gsi]
         heapq.heappush(self._free_gsis, gsi)

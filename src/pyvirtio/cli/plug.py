@@ -94,10 +94,12 @@ def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
 
 def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str]) -> None:
     driver = take(options, "driver", "--device")
-    options = {"slot": str(board.free_slot), "iothread": board.iothread.name} | options
     cls = device_class(driver)
     taken = {function.name: function for function in board.devices}
     name = take_id(options, taken, driver, otherwise=_next_name(cls, taken))
+    if "slot" not in options:
+        options["slot"] = str(board.free_slot(name))
+    options.setdefault("iothread", board.iothread.name)
     references: dict[type, dict[str, object]] = {
         BlockBackend: {drive.id: drive.backend for drive in drives.values()},
         IoThread: dict(board.iothreads),
@@ -135,9 +137,8 @@ def describe(board: Board, args: argparse.Namespace) -> None:
         machine = {"boots": boots, "memory": args.memory, "cpus": args.smp, "iothreads": [*board.iothreads]}
         print(json.dumps({**machine, "devices": devices}, indent=2))
         return
-    print(
-        f"{boots} on {args.smp} CPUs with {show_size(args.memory)} of memory, I/O threads: {', '.join(board.iothreads)}"
-    )
+    cpus = "1 CPU" if args.smp == 1 else f"{args.smp} CPUs"
+    print(f"{boots}: {cpus}, {show_size(args.memory)} of memory; I/O threads: {', '.join(board.iothreads) or 'none'}")
     columns = ("device", "slot", "type", "queues", "vectors", "ioeventfd", "iothread", "backend")
     print_table("devices", columns, [[_cell(device[column]) for column in columns] for device in devices])
     rows = [(device["device"], *map(str, bar.values())) for device in devices for bar in device["bars"]]

@@ -1,7 +1,9 @@
 """`pyvirtio run`: boot a kernel or firmware in a virtual machine, with its console on the terminal."""
 
 import argparse
+import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,12 +16,14 @@ from pyvirtio.properties import parse_size
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.boot import Kernel, LinuxBoot, read_file
 from pyvirtio.vmm.firmware import Firmware
-from pyvirtio.vmm.machine import Machine, Outcome
+from pyvirtio.vmm.machine import Machine, Outcome, check_cpus
 from pyvirtio.vmm.monitor import Monitor
 from pyvirtio.vmm.serial import Console
 
 STDIN, STDOUT = 0, 1
 ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+log = logging.getLogger("pyvirtio")
 
 DRIVE_HELP = """\
 a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,if=virtio|none]. A drive that no --device names
@@ -50,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--object", action="append", default=[], metavar="iothread,id=ID[,OPTIONS]",
         help="an I/O thread that devices can name; `iothread,help` lists its properties",
     )  # fmt: skip
-    board.add_argument("--serial", default="stdio", metavar="WHERE", help="stdio (default), null or file:PATH")
+    board.add_argument(
+        "--serial", type=_serial, default="stdio", metavar="WHERE", help="stdio (default), null or file:PATH"
+    )
     board.add_argument("--debugcon", metavar="FILE", type=Path, help="where firmware writes its log (port 0x402)")
     run = parser.add_argument_group("how to run it")
     run.add_argument("--no-reboot", action="store_true", help="end when the guest resets itself")
@@ -72,10 +78,17 @@ def _cpus(text: str) -> int:
     return int(number)
 
 
+def _serial(text: str) -> str:
+    if text not in ("stdio", "null") and not re.fullmatch("file:.+", text):
+        raise argparse.ArgumentTypeError(f"{text}: allowed are stdio, null and file:PATH")
+    return text
+
+
 def main(args: argparse.Namespace) -> int:
     if plug.show_help(args):
         return 0
     boot = _read_boot(args)
+    check_cpus(args.smp)
     if args.dry_run:
         from pyvirtio.accel.inproc import InProcess
 
@@ -109,10 +122,16 @@ def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
         if args.serial == "stdio":
             monitor = Monitor(machine.devices, list(machine.iothreads.values()), machine.quit)
             stack.enter_context(Console(machine.serial.receive, monitor.execute, machine.quit, STDIN, STDOUT))
-        outcome = machine.run(reboot=not args.no_reboot)
-        if caught:
-            return 128 + caught[0]
-        return 1 if outcome is Outcome.CRASH else 0
+        status = _run_guest(machine, reboot=not args.no_reboot)
+        return 128 + caught[0] if caught else status
+
+
+def _run_guest(machine: Machine, *, reboot: bool) -> int:
+    try:
+        return 1 if machine.run(reboot=reboot) is Outcome.CRASH else 0
+    except (RuntimeError, OSError) as error:  # KVM gave up on the guest
+        log.error("%s", error)
+        return 1
 
 
 @contextmanager
@@ -136,11 +155,7 @@ def _serial_output(where: str, stack: ExitStack) -> int:
     """The file descriptor that the serial port writes to."""
     if where == "stdio":
         return STDOUT
-    if where == "null":
-        return _open_for_writing(Path(os.devnull), "serial", stack)
-    kind, _, path = where.partition(":")
-    if kind != "file" or not path:
-        raise ConfigError(f"--serial {where}: allowed are stdio, null and file:PATH")
+    path = os.devnull if where == "null" else where.removeprefix("file:")
     return _open_for_writing(Path(path), "serial", stack)
 
 

@@ -71,15 +71,19 @@ class Board:
     def add(self, device: Device, name: str, **pci: Any) -> VirtioPci:
         """Plug a device; `pci` are the properties of `VirtioPci`. The board closes it in the end."""
         self.on_close(device.close)
-        pci.setdefault("slot", self.free_slot)
-        pci.setdefault("iothread", self.iothread)
+        if "slot" not in pci:
+            pci["slot"] = self.free_slot(name)
+        if "iothread" not in pci:
+            pci["iothread"] = self.iothread
         function = VirtioPci(device, self.accel, name=name, **pci)
         self.pci.add(function)
         self.devices.append(function)
         self.on_close(function.reset)
         return function
 
-    @property
-    def free_slot(self) -> int:
-        """The first slot without a function; `SLOTS`, which no bus has, if there is none."""
-        return next((slot for slot in range(SLOTS) if slot not in self.pci.functions), SLOTS)
+    def free_slot(self, name: str) -> int:
+        """The first slot without a function, for the device `name`."""
+        for slot in range(SLOTS):
+            if slot not in self.pci.functions:
+                return slot
+        raise ConfigError(f"pci: no free slot for {name}: a bus has {SLOTS - 1}")

@@ -33,6 +33,11 @@ class Outcome(Enum):
     """Somebody called `quit`."""
 
 
+def check_cpus(count: int) -> None:
+    if not 1 <= count <= MAX_CPUS:
+        raise ConfigError(f"smp {count}: allowed are 1 to {MAX_CPUS} CPUs")
+
+
 class Machine(Board):
     """A VM that boots `boot`, a kernel or firmware; its serial port writes to `console_fd`.
 
@@ -49,8 +54,7 @@ class Machine(Board):
         console_fd: int = STDOUT,
         debug_fd: int | None = None,
     ) -> None:
-        if not 1 <= smp <= MAX_CPUS:
-            raise ConfigError(f"smp {smp}: allowed are 1 to {MAX_CPUS} CPUs")
+        check_cpus(smp)
         self._kvm = Kvm(allocate(memory))
         super().__init__(self._kvm)
         self.boot = boot

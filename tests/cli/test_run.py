@@ -1,0 +1,168 @@
+"""`pyvirtio run` as far as it goes without a guest: what it refuses, and what it says it would build."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bzimage import write_bzimage
+
+from pyvirtio.cli.main import main
+from pyvirtio.testing.plugin import nothing_left_behind
+
+DISK_SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _baseline() -> Iterator[None]:
+    with nothing_left_behind():
+        yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a kernel and a disk, which is the current one."""
+    write_bzimage(tmp_path / "kernel")
+    (tmp_path / "disk.img").write_bytes(bytes(DISK_SIZE))
+    (tmp_path / "tiny.img").write_bytes(bytes(100))
+    (tmp_path / "odd.img").write_bytes(bytes(1000))
+    (tmp_path / "text").write_text("no kernel")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def dry_run(line: str) -> int:
+    return main(["run", "--kernel", "kernel", "--dry-run", *line.split()])
+
+
+REFUSED = {
+    "--device virtio-gpu-pci": "unknown device 'virtio-gpu-pci'",
+    "--device virtio-rng-pci,colour=red": "rng0: unknown property 'colour'",
+    "--device virtio-rng-pci,ioeventfd=maybe": "rng0: ioeventfd=maybe is not allowed: on or off",
+    "--device virtio-rng-pci,vectors=9999": "rng0: vectors=9999 is not allowed: an integer, 0 to 2048",
+    "--device virtio-rng-pci,slot=32": "rng0: slot=32 is not allowed: an integer, 1 to 31",
+    "--device virtio-rng-pci,slot=3 --device virtio-rng-pci,slot=3": "slot 3 is taken",
+    "--device virtio-rng-pci,id=a --device virtio-rng-pci,id=a": "id=a is already in use",
+    "--device virtio-rng-pci,iothread=io9": "iothread=io9 is not the id of",
+    "--device virtio-blk-pci": "blk0: drive is required",
+    "--device virtio-blk-pci,drive=d0": "drive=d0 is not the id of",
+    "--device virtio-rng-pci " * 32: "pci: no free slot for rng31: a bus has 31",
+    "--drive file=disk.img,id=d --drive file=disk.img,id=d": "id=d is already in use",
+    "--drive file=disk.img --drive file=disk.img": "disk.img: in use by another machine or drive",
+    "--drive file=disk.img,id=d --device virtio-blk-pci,drive=d --device virtio-blk-pci,drive=d":
+        "blk1: drive=d is in use by blk0",
+    "--drive id=d": "d: file= is required",
+    "--drive file=nowhere.img": "nowhere.img: No such file or directory",
+    "--drive file=.": ".: a directory, not a disk image",
+    "--drive file=tiny.img": "tiny.img: 100 bytes; an image is at least one sector",
+    "--drive file=odd.img": "odd.img: 1000 bytes; an image is at least one sector and whole sectors",
+    "--drive file=disk.img,format=qcow2": "drive0: format=qcow2 is not supported: raw",
+    "--drive file=disk.img,if=scsi": "drive0: if=scsi is not allowed: virtio or none",
+    "--drive file=disk.img,readonly=perhaps": "drive0: readonly=perhaps is not allowed: on or off",
+    "--drive file=disk.img,cache=none": "drive0: unknown property 'cache'",
+    "--drive file=disk.img,id=d --device virtio-blk-pci,drive=d,queue-size=100": "blk0: queue-size=100: allowed are",
+    "--object memory-backend-file,id=m": "unknown type 'memory-backend-file' (known: iothread)",
+    "--object iothread": "--object iothread: id= is required",
+    "--object iothread,id=io0,poll-max-ns=never": "io0: poll-max-ns=never is not allowed: an integer",
+    "-m lots": "argument -m/--memory: lots is not a size such as 512M or 2G",
+    "-m 1M": "memory of 1 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
+    "-m 20M": "memory of 20 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
+    "--smp many": "argument --smp: many is not a number of CPUs",
+    "--smp 0": "smp 0: allowed are 1 to 128",
+    "--kernel nowhere": "kernel nowhere: No such file or directory",
+    "--kernel text": "kernel text: not a bzImage",
+    "--kernel .": "kernel .: Is a directory",
+    "--initrd nowhere": "initrd nowhere: No such file or directory",
+    "--firmware disk.img": "give what to boot, either --kernel FILE or --firmware FILE",
+    "--serial telnet": "argument --serial: telnet: allowed are stdio, null and file:PATH",
+    "--no-such-option": "unrecognized arguments: --no-such-option",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("line", REFUSED)
+def test_mistakes_are_one_line_and_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run(line) == 2
+    captured = capsys.readouterr()
+    assert REFUSED[line] in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_nothing_to_boot(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run"]) == 2
+    assert "give what to boot" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("size", [100, 65537, 9 << 20])
+def test_a_file_that_is_no_firmware(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("image").write_bytes(bytes(size))
+    assert main(["run", "--firmware", "image"]) == 2
+    assert f"firmware image: {size} bytes; an image is a multiple of 64 KiB up to 8 MiB" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_linux_on_a_software_kvm_names_the_lab(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvirtio.cli.run.linux_capable", lambda: "/dev/kvm is a software KVM")
+    assert main(["run", "--kernel", "kernel"]) == 2
+    error = capsys.readouterr().err
+    assert "/dev/kvm is a software KVM" in error
+    assert "pyvirtio lab -- " in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_dry_run_shows_what_would_be_built(capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "-m 1G --smp 2 --object iothread,id=io0 --drive file=disk.img,id=d0,readonly=on "
+        "--device virtio-blk-pci,drive=d0,num-queues=2,iothread=io0 --device virtio-rng-pci,id=dice,ioeventfd=on"
+    )
+    assert dry_run(line + " --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["memory"], shown["cpus"]) == (1 << 30, 2)
+    blk, rng = shown["devices"]
+    assert (blk["device"], blk["slot"], blk["type"]) == ("blk0", 1, "Blk")
+    assert blk["queues"] == {"requestq0": 256, "requestq1": 256}
+    assert (blk["vectors"], blk["ioeventfd"], blk["iothread"]) == (3, True, "io0")
+    assert blk["backend"] == "disk.img (1M, read-only)"
+    assert {bar["space"] for bar in blk["bars"]} == {"I/O", "memory"}
+    assert (rng["device"], rng["ioeventfd"], rng["backend"]) == ("dice", True, None)
+
+
+@pytest.mark.usefixtures("here")
+def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--device virtio-rng-pci") == 0
+    shown = capsys.readouterr().out
+    assert "kernel: 1 CPU, 512M of memory" in shown
+    assert "rng0" in shown
+
+
+def devices(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [device["device"] for device in json.loads(capsys.readouterr().out)["devices"]]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_drive_that_no_device_names_is_a_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--drive file=disk.img --json") == 0
+    assert devices(capsys) == ["blk0"]
+    assert dry_run("--drive file=disk.img,if=none --json") == 0
+    assert devices(capsys) == []
+    assert dry_run("--drive file=disk.img,id=d --device virtio-blk-pci,drive=d,id=mine --json") == 0
+    assert devices(capsys) == ["mine"]
+
+
+def test_device_help_lists_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--device", "help"]) == 0
+    assert "virtio-blk-pci" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "known"),
+    [("--device", "virtio-blk-pci,help", "num-queues"), ("--object", "iothread,help", "poll-max-ns")],
+)
+def test_help_lists_the_properties(option: str, text: str, known: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", option, text]) == 0
+    assert known in capsys.readouterr().out

@@ -1,0 +1,95 @@
+from collections.abc import Iterator
+
+import pytest
+
+from pyvirtio.accel.inproc import InProcess
+from pyvirtio.backends.block import Memory
+from pyvirtio.devices.blk import Blk
+from pyvirtio.devices.rng import Rng
+from pyvirtio.spec import Status
+from pyvirtio.vmm.board import Board, allocate
+from pyvirtio.vmm.layout import MIB
+from pyvirtio.vmm.monitor import HELP, Monitor, format_table
+
+THINGS = "blk0, rng0, io0, iothread"
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    with Board(InProcess(allocate(16 * MIB))) as board:
+        board.add_iothread("io0")
+        board.add(Blk(Memory(1 << 20), num_queues=2), "blk0")
+        board.add(Rng(), "rng0")
+        yield board
+
+
+@pytest.fixture
+def quits() -> list[None]:
+    return []
+
+
+@pytest.fixture
+def monitor(board: Board, quits: list[None]) -> Monitor:
+    return Monitor(board.devices, list(board.iothreads.values()), lambda: quits.append(None))
+
+
+def table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def test_info_devices(monitor: Monitor, board: Board) -> None:
+    assert table(monitor.execute("info devices"))[1:] == [
+        ["blk0", "1", "blk", "-", "intx", "on"],
+        ["rng0", "2", "rng", "-", "intx", "off"],
+    ]
+    board.devices[1].driver.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
+    assert "ACKNOWLEDGE+DRIVER" in monitor.execute("info devices")
+
+
+def test_info_queues_of_a_machine_without_drivers(monitor: Monitor) -> None:
+    header, *rows = table(monitor.execute("info queues"))
+    assert header[:3] == ["queue", "size", "notifies"]
+    assert [row[0] for row in rows] == ["blk0.requestq0", "blk0.requestq1", "rng0.requestq"]
+    assert {row[-1] for row in rows} == {"-"}
+
+
+def test_set_switches_ioeventfd(monitor: Monitor, board: Board) -> None:
+    assert monitor.execute("set blk0.ioeventfd off") == ""
+    assert monitor.execute("set rng0.ioeventfd on") == ""
+    assert [device.ioeventfd for device in board.devices] == [False, True]
+
+
+def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Board) -> None:
+    assert monitor.execute("set io0.poll_max_ns 1000") == ""
+    assert board.iothreads["io0"].loop.poll_max_ns == 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("nonsense", "unknown command 'nonsense'; known are: info, set, help, quit"),
+        ("info", "info: known are: devices, queues"),
+        ("info weather", "info: known are: devices, queues"),
+        ("set", "set: write for example: set blk0.ioeventfd off"),
+        ("set blk9.ioeventfd off", "set blk9.ioeventfd: no such device or I/O thread; there are: " + THINGS),
+        ("set ioeventfd off", "set ioeventfd: no such device or I/O thread; there are: " + THINGS),
+        ("set blk0.vectors 3", "set blk0.vectors: only ioeventfd can be switched while the machine runs"),
+        ("set blk0.ioeventfd maybe", "set blk0.ioeventfd maybe: allowed are on and off"),
+        ("set io0.poll-grow 3", "set io0.poll-grow: only poll-max-ns can be changed while the machine runs"),
+        ("set io0.poll-max-ns -1", "set io0.poll-max-ns -1: allowed is a number of ns up to 1000000000"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_one_line(monitor: Monitor, line: str, answer: str) -> None:
+    assert monitor.execute(line) == answer + "\n"
+
+
+def test_help_quit_and_nothing(monitor: Monitor, quits: list[None]) -> None:
+    assert monitor.execute("help") == HELP
+    assert monitor.execute("  ") == ""
+    assert quits == []
+    assert monitor.execute("quit") == ""
+    assert quits == [None]
+
+
+def test_columns_line_up() -> None:
+    assert format_table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d\n"
