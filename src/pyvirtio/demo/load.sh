@@ -18,6 +18,7 @@ counter() {
     i=0
     trap 'echo "::counted $i"' USR1
     trap 'echo "::counted $i"; exit' TERM
+    touch /tmp/counting
     while :; do i=$((i + 1)); done
 }
 
@@ -33,15 +34,17 @@ mark() {
 
 # load DISK READERS SECONDS: what is between the lines ::begin and ::end is the window that counts.
 load() {
+    rm -f /tmp/counting
+    counter &
+    counter=$!
+    until [ -e /tmp/counting ]; do sleep 0.01; done # a signal before its trap would end it
+    priority 10 $counter
     touch /tmp/load
     reader=0
     while [ $reader -lt "$2" ]; do
         reader "$1" $((reader * 1024)) &
         reader=$((reader + 1))
     done
-    counter &
-    counter=$!
-    priority 10 $counter
     priority -10 $$ # the window has to end in time
     sleep 0.2 # until all readers are at it
     kill -USR1 $counter
