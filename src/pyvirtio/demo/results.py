@@ -27,7 +27,8 @@ class Row:
     """One load over all rounds.
 
     `cpu_left` is the speed of the counting process relative to its speed in the same round while the disk is idle.
-    Counts are sums of all rounds; `requests_at_once` is how many requests a wake-up or, with ioeventfd off, a notify exit served.
+    Counts are sums of all rounds; `requests_at_once` is how many requests a wake-up or, with ioeventfd off, a notify
+    exit served.
     """
 
     backend: str
