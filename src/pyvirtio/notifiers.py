@@ -121,7 +121,7 @@ class HostNotifiers:
             self._settle()
 
     def grab(self) -> None:
-        """Lend the eventfds to kernel vhost: assigned, whatever `ioeventfd` says, and not polled. Counted.
+        """Lend the eventfds to kernel vhost: assigned, whatever `ioeventfd` says, not polled, and signalled. Counted.
 
         `OSError` if the eventfds cannot be assigned; then nothing was lent.
         """
@@ -133,6 +133,9 @@ class HostNotifiers:
                 self._grabs -= 1
                 self._settle()
                 raise failure.error from failure
+            for vq in self.queues:
+                if vq.ready:
+                    vq.signal()  # the I/O thread may have taken a kick that it will not serve any more
 
     def release(self) -> None:
         """Take the eventfds back. Whoever was lent them has stopped, and restored the indexes of the queues."""

@@ -123,6 +123,10 @@ impl Hot<'_> {
                 self.let_go(|_| false);
             } else if !self.spin(window)? {
                 self.queues.retain(|vq| vq.rearm());
+                if !self.queues.is_empty() {
+                    // Others must not wait for a driver that always adds in time.
+                    self.wait(0)?;
+                }
             }
         }
         Ok(())
@@ -169,9 +173,10 @@ impl Hot<'_> {
             other => other?,
         };
         for event in &events[..count] {
-            let vq = self.thread.sources().get(&event.fd()).cloned();
-            // Removed since, or the kick was taken by a detach: both are legal.
-            if let Some(vq) = vq.filter(|vq| vq.take_kick()) {
+            // Removed since, or the kick was taken by a detach: both are legal. Taken under the lock: after a
+            // `remove` the kick belongs to whoever polls the eventfd then.
+            let vq = self.thread.sources().get(&event.fd()).filter(|vq| vq.take_kick()).cloned();
+            if let Some(vq) = vq {
                 self.add(vq);
             }
         }
