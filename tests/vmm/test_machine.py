@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,35 @@ def test_quit_from_another_thread(code: tuple[Item, ...]) -> None:
     with machine(inc_word_at(BOOTS), *code, smp=2) as vm:
         threading.Timer(0.05, vm.quit).start()
         assert vm.run() is Outcome.QUIT
+
+
+def test_nothing_runs_while_paused() -> None:
+    with machine(label("count"), inc_word_at(BOOTS), jmp("count")) as vm:
+        runner = threading.Thread(target=vm.run)
+        runner.start()
+        wait_until(lambda: vm.memory.load16(BOOTS) != 0)
+        vm.pause()
+        vm.pause()
+        before = vm.memory.load16(BOOTS)
+        assert vm.memory.load16(BOOTS) == before
+        vm.resume()
+        wait_until(lambda: vm.memory.load16(BOOTS) != before)
+        vm.quit()
+        runner.join()
+
+
+def test_quit_while_paused() -> None:
+    with machine(*FOREVER) as vm:
+        vm.pause()
+        vm.quit()
+        assert vm.run() is Outcome.QUIT
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_quit_before_run() -> None:

@@ -14,9 +14,26 @@ from pyvirtio.vmm.monitor import HELP, Monitor, format_table
 THINGS = "blk0, rng0, io0, iothread"
 
 
+class Paper(Board):
+    """A board that notes what a machine would be told."""
+
+    def __init__(self) -> None:
+        super().__init__(InProcess(allocate(16 * MIB)))
+        self.told: list[str] = []
+
+    def pause(self) -> None:
+        self.told.append("pause")
+
+    def resume(self) -> None:
+        self.told.append("resume")
+
+    def quit(self) -> None:
+        self.told.append("quit")
+
+
 @pytest.fixture
-def board() -> Iterator[Board]:
-    with Board(InProcess(allocate(16 * MIB))) as board:
+def board() -> Iterator[Paper]:
+    with Paper() as board:
         board.add_iothread("io0")
         board.add(Blk(Memory(1 << 20), num_queues=2), "blk0")
         board.add(Rng(), "rng0")
@@ -24,20 +41,15 @@ def board() -> Iterator[Board]:
 
 
 @pytest.fixture
-def quits() -> list[None]:
-    return []
-
-
-@pytest.fixture
-def monitor(board: Board, quits: list[None]) -> Monitor:
-    return Monitor(board.devices, list(board.iothreads.values()), lambda: quits.append(None))
+def monitor(board: Paper) -> Monitor:
+    return Monitor(board)
 
 
 def table(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def test_info_devices(monitor: Monitor, board: Board) -> None:
+def test_info_devices(monitor: Monitor, board: Paper) -> None:
     assert table(monitor.execute("info devices"))[1:] == [
         ["blk0", "1", "blk", "-", "intx", "on"],
         ["rng0", "2", "rng", "-", "intx", "off"],
@@ -53,13 +65,13 @@ def test_info_queues_of_a_machine_without_drivers(monitor: Monitor) -> None:
     assert {row[-1] for row in rows} == {"-"}
 
 
-def test_set_switches_ioeventfd(monitor: Monitor, board: Board) -> None:
+def test_set_switches_ioeventfd(monitor: Monitor, board: Paper) -> None:
     assert monitor.execute("set blk0.ioeventfd off") == ""
     assert monitor.execute("set rng0.ioeventfd on") == ""
     assert [device.ioeventfd for device in board.devices] == [False, True]
 
 
-def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Board) -> None:
+def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Paper) -> None:
     assert monitor.execute("set io0.poll_max_ns 1000") == ""
     assert board.iothreads["io0"].loop.poll_max_ns == 1000
 
@@ -67,7 +79,8 @@ def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Board
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("nonsense", "unknown command 'nonsense'; known are: info, set, help, quit"),
+        ("nonsense", "unknown command 'nonsense'; known are: info, set, stop, cont, help, quit"),
+        ("quit now", "unknown command 'quit'; known are: info, set, stop, cont, help, quit"),
         ("info", "info: known are: devices, queues"),
         ("info weather", "info: known are: devices, queues"),
         ("set", "set: write for example: set blk0.ioeventfd off"),
@@ -83,12 +96,14 @@ def test_mistakes_are_answered_in_one_line(monitor: Monitor, line: str, answer: 
     assert monitor.execute(line) == answer + "\n"
 
 
-def test_help_quit_and_nothing(monitor: Monitor, quits: list[None]) -> None:
+def test_stop_cont_and_quit(monitor: Monitor, board: Paper) -> None:
+    assert monitor.execute("stop") == monitor.execute("cont") == monitor.execute("quit") == ""
+    assert board.told == ["pause", "resume", "quit"]
+
+
+def test_help_and_nothing(monitor: Monitor) -> None:
     assert monitor.execute("help") == HELP
     assert monitor.execute("  ") == ""
-    assert quits == []
-    assert monitor.execute("quit") == ""
-    assert quits == [None]
 
 
 def test_columns_line_up() -> None:

@@ -120,7 +120,7 @@ def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
         plug.plug(machine, args)
         caught = stack.enter_context(_quit_on_signals(machine))
         if args.serial == "stdio":
-            monitor = Monitor(machine.devices, list(machine.iothreads.values()), machine.quit)
+            monitor = Monitor(machine)
             stack.enter_context(Console(machine.serial.receive, monitor.execute, machine.quit, STDIN, STDOUT))
         status = _run_guest(machine, reboot=not args.no_reboot)
         return 128 + caught[0] if caught else status

@@ -10,6 +10,7 @@ from pyvirtio import _core
 from pyvirtio._core import Vcpu
 from pyvirtio.accel.kvm import Kvm
 from pyvirtio.errors import ConfigError
+from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm import acpi, layout, platform
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.boot import LinuxBoot
@@ -42,7 +43,7 @@ class Machine(Board):
     """A VM that boots `boot`, a kernel or firmware; its serial port writes to `console_fd`.
 
     `memory` is in bytes. Add devices, then call `run`. `quit` may be called from any thread and from signal
-    handlers; everything else belongs to one thread.
+    handlers, `pause` and `resume` from any thread that is no CPU; everything else belongs to one thread.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Machine(Board):
             vcpu.set_cpuid(smp)
         self.on_close(self._release)
         self._threads: list[threading.Thread] = []
+        self._paused: list[VirtioPci] | None = None
+        self._lock = threading.Lock()
         self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
 
     def add_chip(self, chip: platform.PortDevice) -> None:
@@ -90,11 +93,11 @@ class Machine(Board):
 
         An error on a vCPU thread is raised here. The guest is stopped when this returns.
         """
-        bus = SystemBus(self.pci, self._chips)
+        self._bus = SystemBus(self.pci, self._chips)
         self.pci.assign_bars()
         while True:
             self._load()
-            outcome = self._run_once(bus)
+            outcome = self._run_once()
             if outcome is Outcome.CRASH:
                 log.warning("the guest crashed (triple fault)")
             if outcome in (Outcome.POWEROFF, Outcome.QUIT) or not reboot:
@@ -104,6 +107,24 @@ class Machine(Board):
     def quit(self) -> None:
         """Make `run` return `QUIT` soon."""
         self._events.put(Outcome.QUIT)
+
+    def pause(self) -> None:
+        """Stop the CPUs, then the notifiers: no request is taken until `resume`; those under way may complete."""
+        with self._lock:
+            if self._paused is None:
+                self._stop_cpus()
+                self._paused = [f for f in self.devices if f.dataplane.notifiers.running]
+                for function in self._paused:
+                    function.dataplane.notifiers.stop()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        with self._lock:
+            if self._paused is not None:
+                for function in self._paused:
+                    function.dataplane.notifiers.start()
+                self._paused = None
+                self._start_cpus()
 
     @property
     def exits(self) -> dict[str, int]:
@@ -130,12 +151,15 @@ class Machine(Board):
             entry = self.boot.load(self.memory, acpi.RSDP)
             self._vcpus[0].set_linux_entry(entry, layout.BOOT_PARAMS)
 
-    def _run_once(self, bus: SystemBus) -> Outcome:
-        self._start_cpus(bus)
+    def _run_once(self) -> Outcome:
+        with self._lock:
+            if self._paused is None:
+                self._start_cpus()
         try:
             event = self._events.get()
         finally:
-            self._stop_cpus()
+            with self._lock:
+                self._stop_cpus()
         # More may have been said while the CPUs stopped; only the user's word counts still.
         while event is not Outcome.QUIT:
             try:
@@ -147,10 +171,10 @@ class Machine(Board):
             raise event
         return event
 
-    def _start_cpus(self, bus: SystemBus) -> None:
+    def _start_cpus(self) -> None:
         self._stopping = False
         for index, vcpu in enumerate(self._vcpus):
-            thread = threading.Thread(target=self._run_cpu, args=(vcpu, bus), name=f"pyvirtio cpu{index}", daemon=True)
+            thread = threading.Thread(target=self._run_cpu, args=(vcpu,), name=f"pyvirtio cpu{index}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -162,11 +186,11 @@ class Machine(Board):
             thread.join()
         self._threads.clear()
 
-    def _run_cpu(self, vcpu: Vcpu, bus: SystemBus) -> None:
+    def _run_cpu(self, vcpu: Vcpu) -> None:
         try:
-            # A request to stop may be left over from the last boot.
+            # A request to stop may be left over from the last run.
             while not self._stopping:
-                if vcpu.run(bus) in ("shutdown", "reset"):
+                if vcpu.run(self._bus) in ("shutdown", "reset"):
                     self._events.put(Outcome.CRASH)
                     return
         except BaseException as error:  # also the defects of our own that a guest's access found
@@ -175,6 +199,9 @@ class Machine(Board):
     def _reset(self) -> None:
         """What the reset line does: CPUs, interrupt controllers, devices and the PCI bus start over."""
         log.info("reset")
+        with self._lock:
+            if self._paused:
+                self._paused = []  # nothing to take up again: there is no driver now
         self.pci.reset()
         self.pci.assign_bars()
         self.power.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from pyvirtio.dataplane import IoThread
@@ -15,46 +15,64 @@ info devices                    the devices, their slots and what their drivers 
 info queues                     per queue: size, how its kicks travel, counters
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
 set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
+stop, cont                      pause the machine, and let it go on
 help                            this list
 quit                            end the machine
 """
 COUNTERS = ("notifies", "kicks", "wakeups", "chains", "interrupts", "suppressed")
 
 
-class Monitor:
-    """Executes a command line, on any thread; the answer is text for a person, one line for a mistake."""
+class Controls(Protocol):
+    """What the monitor may do to a machine."""
 
-    def __init__(self, devices: Sequence[VirtioPci], iothreads: Sequence[IoThread], quit: Callable[[], object]) -> None:
-        self.devices = devices
-        self.iothreads = iothreads
-        self.quit = quit
+    devices: list[VirtioPci]
+    iothreads: dict[str, IoThread]
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def quit(self) -> None: ...
+
+
+class Monitor:
+    """Executes a command line. The answer is text for a person, one line for a mistake. Any thread that is no CPU."""
+
+    def __init__(self, machine: Controls) -> None:
+        self.machine = machine
 
     def execute(self, line: str) -> str:
         match line.split():
             case []:
                 return ""
-            case ["help" | "?"]:
-                return HELP
-            case ["info", "devices"]:
-                return self.info_devices()
-            case ["info", "queues"]:
-                return self.info_queues()
-            case ["info", *_]:
-                return "info: known are: devices, queues\n"
+            case ["info", *what]:
+                return self._info(what)
             case ["set", name, value]:
                 return self.set(name, value)
             case ["set", *_]:
                 return "set: write for example: set blk0.ioeventfd off\n"
-            case ["quit" | "q"]:
-                self.quit()
-                return ""
+            case [command]:
+                return self._command(command)
             case [command, *_]:
-                return f"unknown command {command!r}; known are: info, set, help, quit\n"
+                return unknown(command)
         raise AssertionError(line)
+
+    def _info(self, what: list[str]) -> str:
+        tables = {"devices": self.info_devices, "queues": self.info_queues}
+        if len(what) != 1 or what[0] not in tables:
+            return f"info: known are: {', '.join(tables)}\n"
+        return tables[what[0]]()
+
+    def _command(self, command: str) -> str:
+        commands = {"stop": self.machine.pause, "cont": self.machine.resume, "quit": self.machine.quit}
+        if command == "help":
+            return HELP
+        if command not in commands:
+            return unknown(command)
+        commands[command]()
+        return ""
 
     def info_devices(self) -> str:
         rows = [("device", "slot", "type", "status", "interrupts", "ioeventfd")]
-        for device in self.devices:
+        for device in self.machine.devices:
             kind = type(device.device).__name__.lower()
             ioeventfd = "on" if device.ioeventfd else "off"
             rows.append((device.name, str(device.slot), kind, status_text(device), interrupts(device), ioeventfd))
@@ -62,7 +80,7 @@ class Monitor:
 
     def info_queues(self) -> str:
         rows: list[Sequence[str]] = [("queue", "size", *COUNTERS, "kicks arrive by")]
-        for device in self.devices:
+        for device in self.machine.devices:
             for vq in device.dataplane.queues:
                 counters = vq.counters
                 numbers = (str(counters[name]) for name in COUNTERS)
@@ -72,13 +90,13 @@ class Monitor:
 
     def set(self, name: str, value: str) -> str:
         owner, _, key = name.rpartition(".")
-        for device in self.devices:
+        for device in self.machine.devices:
             if device.name == owner:
                 return self._set_ioeventfd(device, key, value)
-        for iothread in self.iothreads:
+        for iothread in self.machine.iothreads.values():
             if iothread.name == owner:
                 return self._set_poll(iothread, key, value)
-        known = ", ".join([d.name for d in self.devices] + [t.name for t in self.iothreads])
+        known = ", ".join([*(device.name for device in self.machine.devices), *self.machine.iothreads])
         return f"set {name}: no such device or I/O thread; there are: {known}\n"
 
     def _set_ioeventfd(self, device: VirtioPci, key: str, value: str) -> str:
@@ -96,6 +114,10 @@ class Monitor:
             return f"set {iothread.name}.{key} {value}: allowed is a number of ns up to 1000000000\n"
         iothread.loop.poll_max_ns = int(value)
         return ""
+
+
+def unknown(command: str) -> str:
+    return f"unknown command {command!r}; known are: info, set, stop, cont, help, quit\n"
 
 
 def status_text(device: VirtioPci) -> str:
