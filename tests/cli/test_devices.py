@@ -10,19 +10,9 @@ import pytest
 from pyvirtio.cli.devices import device_class, device_properties, print_device, print_devices
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
-from pyvirtio.properties import bind, properties_of
-from pyvirtio.testing import Guest
+from pyvirtio.properties import properties_of
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def dice(tmp_path: Path) -> Path:
-    """The device of the README, in a file of its own."""
-    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    path = tmp_path / "dice.py"
-    path.write_text(source)
-    return path
 
 
 def error_of(name: str) -> str:
@@ -40,21 +30,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         "--device: unknown device 'virtio-blk', did you mean virtio-blk-pci? "
         "(known: virtio-blk-pci, virtio-rng-pci, FILE.py:CLASS)"
     )
-
-
-def test_a_class_comes_from_a_file(dice: Path) -> None:
-    cls = device_class(f"{dice}:Dice")
-    assert cls.__name__ == "Dice"
-    assert bind(cls, {"sides": "20"}, "dice0") == {"sides": 20}
-    with pytest.raises(ConfigError, match="dice0: sides=1 is not allowed: an integer, 2 to 255"):
-        bind(cls, {"sides": "1"}, "dice0")
-
-
-def test_the_device_of_the_readme_throws_its_dice(dice: Path, guest: Guest) -> None:
-    driver = guest.plug(device_class(f"{dice}:Dice")(sides=3))
-    buffer = driver.requestq.add(writable=200)
-    driver.requestq.kick()
-    assert set(buffer.wait()) == {1, 2, 3}
 
 
 def test_a_class_comes_from_a_module() -> None:
