@@ -240,6 +240,14 @@ def test_interrupts_go_to_intx_while_msix_is_off(guest: Guest) -> None:
     assert not pair.pci.read(6, 2) & 1 << 3
 
 
+def test_a_device_reset_lowers_the_line(guest: Guest) -> None:
+    pair = guest.plug(Pair(), msix=False)
+    send(pair)
+    pair.common.device_status = 0
+    assert not guest.accel.lines[pair.pci.slot].level
+    assert pair.registers.read_isr() == 0
+
+
 def test_enabling_msix_lowers_the_line_and_disabling_it_raises_it_again(guest: Guest) -> None:
     pair = guest.plug(Pair(), msix=False)
     line = guest.accel.lines[pair.pci.slot]

@@ -9,7 +9,7 @@ from pyvirtio.devices.rng import Rng
 from pyvirtio.spec import NO_VECTOR, DeviceId, Feature, Status
 from pyvirtio.testing import Guest
 from pyvirtio.testing.driver import VirtioDriver
-from pyvirtio.testing.pci import Msix
+from pyvirtio.testing.pci import BUS_MASTER, IO, MEMORY, Msix
 from pyvirtio.testing.ring import WRITE, Desc
 
 ACKNOWLEDGED = Status.ACKNOWLEDGE | Status.DRIVER
@@ -118,6 +118,20 @@ def test_a_kick_before_driver_ok_is_served(guest: Guest) -> None:
     assert serves(pair, "firstq")
 
 
+def test_an_early_kick_without_bus_mastering_is_not_served(guest: Guest) -> None:
+    rng = plug(guest, start=False)
+    rng.negotiate()
+    rng.set_up()
+    rng.pci.command = IO | MEMORY
+    buffer = rng.requestq.add(writable=16)
+    rng.requestq.publish()
+    with guest.only_writes():
+        rng.requestq.notify()
+    rng.pci.command = IO | MEMORY | BUS_MASTER
+    rng.status |= Status.DRIVER_OK
+    assert buffer.wait() == bytes(16)
+
+
 def test_features_are_frozen_with_the_first_ring(guest: Guest) -> None:
     rng = plug(guest, start=False)
     rng.negotiate()
@@ -209,6 +223,8 @@ def test_reading_the_isr_clears_it_and_its_neighbours_do_not(guest: Guest) -> No
     window = rng.pci.bars[0]
     window.read(NOTIFY, 2)
     window.read(STATUS, 1)
+    window.read(NOTIFY, 4)
+    window.read(STATUS, 2)
     assert line.level
     assert window.read(ISR, 1) == 3
     assert not line.level

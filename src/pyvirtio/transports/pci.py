@@ -154,7 +154,7 @@ class VirtioPci(PciFunction):
             self.driver.reset()
             self.interrupts.reset()
             super().reset()
-            self.driver.bus_master = False
+            self._follow_command()
 
     def close(self) -> None:
         """Unplug: after I/O in flight everything that the device holds is released."""

@@ -57,7 +57,6 @@ class Interrupts:
         """The function was reset, its MSI-X table included."""
         if self.msix is not None:
             self.msix.reset()
-        self._intx_disabled = False
         self.forget()
 
     def _existing(self, vector: int) -> int:
