@@ -2,6 +2,7 @@
 
 mod chains;
 mod driver;
+mod garbage;
 mod hostile;
 mod interrupts;
 mod memory;
