@@ -27,7 +27,7 @@ class Row:
     """One load over all rounds.
 
     `cpu_left` is the speed of the counting process relative to its speed in the same round while the disk is idle.
-    Counts are sums of all rounds; `requests_at_once` is how many requests a wake-up or, with ioeventfd off, a notify
+    Counts are sums of all rounds; `batch` is how many requests a wake-up or, with ioeventfd off, a notify
     exit served.
     """
 
@@ -40,7 +40,7 @@ class Row:
     notify_exits: int
     kicks: int
     wakeups: int
-    requests_at_once: float
+    batch: float
     interrupts: int
 
 
@@ -82,7 +82,7 @@ class Results:
             notify_exits=exits,
             kicks=sum(w.kicks for w in windows),
             wakeups=wakeups,
-            requests_at_once=reads / max(1, wakeups if ioeventfd else exits),
+            batch=reads / max(1, wakeups if ioeventfd else exits),
             interrupts=sum(w.interrupts for w in windows),
         )
 
