@@ -71,7 +71,7 @@ REFUSED = {
     "--smp 0": "smp 0: allowed are 1 to 128",
     "--kernel nowhere": "kernel nowhere: No such file or directory",
     "--kernel text": "kernel text: not a bzImage",
-    "--kernel .": "kernel .: Is a directory",
+    "--kernel .": "kernel .: not a file",
     "--initrd nowhere": "initrd nowhere: No such file or directory",
     "--firmware disk.img": "give what to boot, either --kernel FILE or --firmware FILE",
     "--serial telnet": "argument --serial: telnet: allowed are stdio, null and file:PATH",
@@ -100,6 +100,21 @@ def test_a_file_that_is_no_firmware(size: int, capsys: pytest.CaptureFixture[str
     Path("image").write_bytes(bytes(size))
     assert main(["run", "--firmware", "image"]) == 2
     assert f"firmware image: {size} bytes; an image is a multiple of 64 KiB up to 8 MiB" in capsys.readouterr().err
+
+
+class NoKvm:
+    """What opening a /dev/kvm gives that is not there."""
+
+    def __init__(self, device: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+
+@pytest.mark.usefixtures("here")
+def test_no_kvm_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvirtio.accel.kvm.Vm", NoKvm)
+    Path("image").write_bytes(bytes(1 << 16))
+    assert main(["run", "--firmware", "image"]) == 2
+    assert capsys.readouterr().err == "pyvirtio: /dev/kvm: there is no KVM on this host (or not in this container)\n"
 
 
 @pytest.mark.usefixtures("here")

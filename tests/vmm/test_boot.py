@@ -86,5 +86,7 @@ def test_kernel_that_is_cut_off_has_no_payload_beyond_its_end(tmp_path: Path) ->
 def test_missing_kernel(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kernel .*nowhere: No such file or directory"):
         Kernel.read(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="not a file"):
         Kernel.read(tmp_path)
+    with pytest.raises(ConfigError, match="kernel /dev/zero: not a file"):
+        Kernel.read(Path("/dev/zero"))

@@ -70,15 +70,17 @@ class Board:
 
     def add(self, device: Device, name: str, **pci: Any) -> VirtioPci:
         """Plug a device; `pci` are the properties of `VirtioPci`. The board closes it in the end."""
-        self.on_close(device.close)
         if "slot" not in pci:
             pci["slot"] = self.free_slot(name)
         if "iothread" not in pci:
             pci["iothread"] = self.iothread
-        function = VirtioPci(device, self.accel, name=name, **pci)
-        self.pci.add(function)
+        with ExitStack() as undo:
+            undo.callback(device.close)
+            function = VirtioPci(device, self.accel, name=name, **pci)
+            self.pci.add(function)
+            undo.pop_all()
+        self.on_close(function.close)
         self.devices.append(function)
-        self.on_close(function.reset)
         return function
 
     def free_slot(self, name: str) -> int:

@@ -124,6 +124,8 @@ def e820(memory_size: int) -> list[tuple[int, int, int]]:
 
 def read_file(path: Path, what: str) -> bytes:
     """The contents of a file that the user named; ConfigError if it cannot be read."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{what} {path}: not a file")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -75,14 +75,21 @@ class Machine(Board):
             self.vm.add_rom(boot.address, boot.image)
         if debug_fd is not None:
             self._chips.append(platform.DebugPort(lambda data: os.write(debug_fd, data)))
-        self._vcpus = [self.vm.create_vcpu(index) for index in range(smp)]
-        for vcpu in self._vcpus:
-            vcpu.set_cpuid(smp)
+        self._vcpus = self._make_cpus()
         self.on_close(self._release)
         self._threads: list[threading.Thread] = []
         self._paused: list[VirtioPci] | None = None
         self._lock = threading.Lock()
         self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+    def _make_cpus(self) -> list[Vcpu]:
+        try:
+            vcpus = [self.vm.create_vcpu(index) for index in range(self.smp)]
+            for vcpu in vcpus:
+                vcpu.set_cpuid(self.smp)
+        except OSError as error:
+            raise ConfigError(f"smp {self.smp}: this KVM refuses: {error.strerror}") from error
+        return vcpus
 
     def add_chip(self, chip: platform.PortDevice) -> None:
         """Let `chip` answer its ports; before `run`. Its methods are called on the vCPU threads."""

@@ -3,6 +3,7 @@
 The output of the serial port does not pass here; the core writes it to the file descriptor itself.
 """
 
+import logging
 import os
 import select
 import termios
@@ -21,6 +22,8 @@ C-a C-a  send C-a to the guest
 C-a h    this help
 """
 RETRY_SECONDS = 0.01
+
+log = logging.getLogger("pyvirtio")
 
 
 class RawTerminal:
@@ -156,7 +159,10 @@ class Console:
             data = os.read(self.in_fd, 4096)
         except OSError:  # EIO: the terminal is gone
             data = b""
-        self._keyboard.feed(data)
+        try:
+            self._keyboard.feed(data)
+        except Exception:  # of the monitor; the keys that end the machine must go on working
+            log.exception("monitor")
         if not data and self._keyboard.escapes:
             self.quit()
         return bool(data)
