@@ -82,5 +82,5 @@ def test_the_table_fits_a_terminal_of_80_columns(results: Results) -> None:
     console.print(table(results))
     assert isinstance(console.file, io.StringIO)
     rows = [line.split() for line in console.file.getvalue().splitlines()]
-    assert ["8", "off", "75", "(50-100)", "10%", "(10-10)", "100", "0", "0", "3.0", "300"] in rows
-    assert ["on", "225", "(150-300)", "50%", "(50-50)", "0", "200", "200", "4.5", "900"] in rows
+    assert ["8", "off", "75", "(50-100)", "10%", "(10-10)", "100", "0", "0", "3.0", "200"] in rows
+    assert ["on", "225", "(150-300)", "50%", "(50-50)", "0", "200", "200", "4.5", "600"] in rows
