@@ -126,7 +126,7 @@ def flipping(disk: Disk, seconds: float = 0.05) -> Iterator[list[bool]]:
 def test_the_driver_found_all_disks(linux: Linux) -> None:
     assert [name for name, disk in linux.disks.items() if not disk.node] == []
     assert linux.run("nproc") == str(linux.cpus)
-    assert len(linux.run(f"ls -d /sys/block/{linux.disks['multiqueue'].node[5:]}/mq/*").splitlines()) == linux.cpus
+    assert len(linux.run(f"ls -d /sys/block/{linux.disks['multiqueue'].node[5:]}/mq/*").split()) == linux.cpus
 
 
 def test_the_guest_reads_what_each_disk_holds_in_both_modes(linux: Linux) -> None:
