@@ -39,6 +39,8 @@ def test_acpi_is_always_enabled_and_the_event_block_reads_back(called: Called) -
     power.write(layout.PM_EVENT_PORT, 2, 0xFFFF)
     assert power.read(layout.PM_EVENT_PORT + 2, 2) == 0x0120
     assert power.read(layout.PM_EVENT_PORT, 2) == 0
+    power.write(layout.PM_EVENT_PORT, 4, 0x0001_FFFF)
+    assert power.read(layout.PM_EVENT_PORT, 4) == 0x0001_0000
     power.reset()
     assert power.read(layout.PM_EVENT_PORT + 2, 2) == 0
 

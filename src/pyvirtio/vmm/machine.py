@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
@@ -65,22 +66,22 @@ class Machine(Board):
         self.serial = _core.Serial(self.vm.irq_line(layout.COM1_IRQ), console_fd)
         self.vm.attach_serial(self.serial, layout.COM1_PORT)
         self.power = platform.PowerManagement(lambda: self._events.put(Outcome.POWEROFF))
-        self._chips: list[platform.PortDevice] = [
-            self.power,
-            platform.ResetControl(lambda: self._events.put(Outcome.RESET)),
-            platform.SystemControlB(),
-            platform.Cmos(platform.firmware_settings(memory, smp)),
-        ]
+        self._chips = [self.power, *self._make_chips(memory, debug_fd)]
         if isinstance(boot, Firmware):
             self.vm.add_rom(boot.address, boot.image)
-        if debug_fd is not None:
-            self._chips.append(platform.DebugPort(lambda data: os.write(debug_fd, data)))
         self._vcpus = self._make_cpus()
         self.on_close(self._release)
         self._threads: list[threading.Thread] = []
         self._paused: list[VirtioPci] | None = None
         self._lock = threading.Lock()
         self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+    def _make_chips(self, memory: int, debug_fd: int | None) -> Iterator[platform.PortDevice]:
+        yield platform.ResetControl(lambda: self._events.put(Outcome.RESET))
+        yield platform.SystemControlB()
+        yield platform.Cmos(platform.firmware_settings(memory, self.smp))
+        if debug_fd is not None:
+            yield platform.DebugPort(lambda data: os.write(debug_fd, data))
 
     def _make_cpus(self) -> list[Vcpu]:
         try:

@@ -45,7 +45,9 @@ class PowerManagement:
         return registers.get(port, 0)
 
     def write(self, port: int, size: int, value: int) -> None:
-        if port == layout.PM_EVENT_PORT + 2:
+        if port == layout.PM_EVENT_PORT and size == 4:
+            self.enable = value >> 16
+        elif port == layout.PM_EVENT_PORT + 2:
             self.enable = value & 0xFFFF
         elif port == layout.PM_CONTROL_PORT:
             self.control = value & 0xFFFF & ~SLEEP_ENABLE | SCI_ENABLE
