@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
@@ -31,6 +32,8 @@ const RANGE_BYTES: usize = 16;
 
 /// Bytes a backend is given at a time: a guest may ask for 4 GiB in one request.
 const PIECE: usize = 1 << 20;
+/// A request that took longer does not wait for the rest of its batch.
+const SLOW: Duration = Duration::from_millis(1);
 /// Buffers one preadv takes.
 const IOV_MAX: usize = 1024;
 
@@ -175,11 +178,17 @@ pub struct BlkPlane {
 
 impl Handler for BlkPlane {
     fn handle(&self, vq: &Arc<VirtQueue>) {
+        let mut since = Instant::now();
         while let Some(mut chain) = vq.pop() {
             if let Err(reason) = self.serve(&mut chain) {
                 vq.state().fail(&format!("{}: {reason}", vq.name()));
                 return;
             }
+            let now = Instant::now();
+            if now - since > SLOW {
+                vq.publish();
+            }
+            since = now;
         }
     }
 }

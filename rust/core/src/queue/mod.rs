@@ -203,7 +203,9 @@ impl VirtQueue {
         }
     }
 
-    fn publish(&self) {
+    /// Make known what has been completed so far, with one interrupt decision. Happens by itself at the end of a
+    /// handler's call, and after a completion on any other thread.
+    pub fn publish(&self) {
         let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
         match decision {
             None => (),
