@@ -32,7 +32,8 @@ class GuestMemory:
 
     A region is `(guest address, size, fd, file offset)`, all in bytes. The object keeps its own duplicates of the
     fds. Every access is checked against the regions and raises `GuestError` outside them; an access may cross
-    from one region into an adjacent one. Safe from any thread.
+    from one region into an adjacent one. Safe from any thread. `OSError` or `ValueError` for regions that cannot be
+    mapped or overlap.
     """
 
     def __new__(cls, regions: Sequence[tuple[int, int, int, int]]) -> Self: ...
@@ -62,7 +63,8 @@ class IrqLine:
     @property
     def level(self) -> bool: ...
     @property
-    def fd(self) -> int: ...
+    def fd(self) -> int:
+        """`AttributeError` for a line of KVM."""
     def set(self, level: bool) -> None: ...
     def share(self) -> IrqLine:
         """A further input of the same line, for another device."""
@@ -90,7 +92,11 @@ class MsixVector:
 
 @final
 class DeviceState:
-    """What the queues of one device share: its epoch, whether it is broken, and its configuration interrupt."""
+    """What the queues of one device share: its epoch, whether it is broken, and its configuration interrupt.
+
+    `on_broken(reason)` runs on the thread that found the reason, before the driver is interrupted. That thread may be
+    serving a queue: it must not wait for anything that waits for a queue to stop.
+    """
 
     def __new__(cls, name: str, on_broken: Callable[[str], object]) -> Self: ...
     @property
@@ -112,7 +118,8 @@ class Chain:
     """One request of the driver: its device-readable bytes, then its device-writable bytes.
 
     Reading and writing advance; what was written is counted and reported as the used length. Any thread; every
-    method raises `StaleChain` after the reset of the device.
+    method raises `StaleChain` once its queue was stopped or its device reset. A chain that is dropped before that
+    without `complete` breaks the device.
     """
 
     @property
@@ -137,7 +144,8 @@ class VirtQueue:
     """One virtqueue: iterate over it to take the chains the driver made available.
 
     A handler never runs twice at once. Chains completed inside the handler are published together with one
-    interrupt decision; chains completed later, from any thread, at once.
+    interrupt decision; chains completed later, from any thread, at once. A malformed chain ends the iteration and
+    breaks the device, as does an exception of the handler other than `StaleChain`.
     """
 
     def __new__(cls, state: DeviceState, name: str, index: int, max_size: int) -> Self: ...
@@ -174,10 +182,16 @@ class VirtQueue:
     ) -> None:
         """Take a ring into use. `GuestError` if it is unaligned, overlaps itself or lies outside RAM."""
     def stop(self) -> tuple[int, int]:
-        """Wait for a running handler, forget the ring; return (next avail index, next used index)."""
+        """Wait for a running handler, forget the ring; return (next avail index, next used index).
+
+        A handler may stop its own queue: then nothing is waited for.
+        """
     def set_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
     def service(self) -> bool:
-        """Serve what is available, on this thread; True if the budget of a pass was used up."""
+        """Serve what is available, on this thread, or leave it to the thread that serves already.
+
+        True if the budget was used up while attached: the eventfd is signalled for the rest.
+        """
     def notify(self) -> None:
         """A notify that reached userspace: serve it here, or signal the eventfd while that is attached."""
     def attach(self) -> None:
