@@ -314,6 +314,8 @@ class Vcpu:
 
         Writes a GDT (0x8000) and identity page tables of the first 4 GiB (0x9000 to 0xf000) to guest memory.
         """
+    def set_linux_secondary(self) -> None:
+        """For the CPUs that Linux starts itself: the memory types that firmware would have set up."""
     def set_registers(self, mode: Literal["real", "protected", "long"], **registers: int) -> None:
         """For freestanding guests: flat segments of that mode, then the named registers; the others are 0.
 

@@ -154,6 +154,10 @@ impl Vcpu {
         self.0.set_linux_entry(entry, boot_params).map_err(os_error)
     }
 
+    fn set_linux_secondary(&self) -> PyResult<()> {
+        self.0.set_linux_secondary().map_err(os_error)
+    }
+
     #[pyo3(signature = (mode, **registers))]
     fn set_registers(&self, mode: &str, registers: Option<BTreeMap<String, u64>>) -> PyResult<()> {
         let mode = match mode {

@@ -158,6 +158,8 @@ class Machine(Board):
             self.memory.write(acpi.RSDP, acpi.build(self.smp))
             entry = self.boot.load(self.memory, acpi.RSDP)
             self._vcpus[0].set_linux_entry(entry, layout.BOOT_PARAMS)
+            for vcpu in self._vcpus[1:]:
+                vcpu.set_linux_secondary()
 
     def _run_once(self) -> Outcome:
         with self._lock:

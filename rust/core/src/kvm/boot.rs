@@ -149,8 +149,8 @@ fn write_words(memory: Option<&GuestMemory>, address: u64, words: &[u64]) -> Res
     memory.ok_or_else(missing)?.write(address, &bytes).map_err(|_| missing())
 }
 
-/// A KVM that knows one of them not (software KVM) is served by its default.
-fn set_msrs(fd: &VcpuFd) -> Result<()> {
+/// The memory types that firmware sets up on every CPU. A KVM that does not know one of them (software KVM) goes on.
+pub(super) fn set_msrs(fd: &VcpuFd) -> Result<()> {
     for (index, data) in [(MISC_ENABLE, FAST_STRINGS), (MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)] {
         let entry = kvm_msr_entry { index, data, ..Default::default() };
         let msrs = Msrs::from_entries(&[entry]).expect("one entry fits");

@@ -85,6 +85,11 @@ impl Vcpu {
         boot::linux_entry(&self.fd.lock().unwrap(), &memory, entry, boot_params)
     }
 
+    /// What firmware sets up on the CPUs that Linux starts itself.
+    pub fn set_linux_secondary(&self) -> Result<()> {
+        boot::set_msrs(&self.fd.lock().unwrap())
+    }
+
     /// Enter `mode` and set the named general registers; the others are 0 (rflags 2). Ends HLT and the wait for a SIPI.
     pub fn set_registers(&self, mode: Mode, registers: &BTreeMap<String, u64>) -> Result<()> {
         let fd = self.fd.lock().unwrap();
