@@ -102,10 +102,15 @@ def disk() -> bytes:
 
 @dataclass
 class Switch:
-    """The port by which the guest asks for ioeventfd; notes what the queue had counted until then."""
+    """The port by which the guest asks for ioeventfd; notes what the queue had counted until then.
 
+    The machine is paused once afterwards.
+    """
+
+    machine: Machine
     function: VirtioPci
     before: dict[str, int] = field(default_factory=dict)
+    ran_while_paused: bool | None = None
     ports = (SWITCH_PORT,)
 
     def read(self, port: int, size: int) -> int:
@@ -114,6 +119,12 @@ class Switch:
     def write(self, port: int, size: int, value: int) -> None:
         self.before = self.counters
         self.function.ioeventfd = True
+        threading.Thread(target=self.pause).start()  # a CPU cannot wait for itself
+
+    def pause(self) -> None:
+        self.machine.pause()
+        self.ran_while_paused = self.function.dataplane.notifiers.running
+        self.machine.resume()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -128,6 +139,7 @@ class Boot:
     outcome: Outcome
     sync: dict[str, int]
     ioeventfd: dict[str, int]
+    ran_while_paused: bool | None
 
 
 @pytest.fixture(scope="module", params=["legacy", "modern"])
@@ -138,12 +150,12 @@ def boot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with Machine(Firmware.read(SEABIOS), memory=64 * MIB, console_fd=write) as machine:
         os.close(write)
         interface = {"disable_modern": True} if request.param == "legacy" else {"disable_legacy": True}
-        switch = Switch(machine.add(Blk(File(image)), "blk0", ioeventfd=False, **interface))
+        switch = Switch(machine, machine.add(Blk(File(image)), "blk0", ioeventfd=False, **interface))
         machine.add_chip(switch)
         outcome = run_guarded(machine)
         after = {name: count - switch.before.get(name, 0) for name, count in switch.counters.items()}
     with os.fdopen(read, "rb") as console:
-        return Boot(console.read(), outcome, switch.before, after)
+        return Boot(console.read(), outcome, switch.before, after, switch.ran_while_paused)
 
 
 def run_guarded(machine: Machine) -> Outcome:
@@ -171,6 +183,11 @@ def test_with_ioeventfd_no_notify_exits(boot: Boot) -> None:
     assert boot.ioeventfd["chains"] == HALF
     assert boot.ioeventfd["notifies"] == 0
     assert 0 < boot.ioeventfd["wakeups"] <= boot.ioeventfd["kicks"]
+
+
+def test_a_pause_takes_the_notifiers_down_and_loses_no_kick(boot: Boot) -> None:
+    assert boot.ran_while_paused is False
+    assert boot.outcome is Outcome.POWEROFF
 
 
 def test_a_driver_that_polls_gets_no_interrupts(boot: Boot) -> None:
