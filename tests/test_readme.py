@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,18 @@ from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind
 from pyvirtio.testing import Guest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that the README speaks of, in the current directory."""
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (device,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    Path("dice.py").write_text(source)
+    Path("dice.py").write_text(device)
+    (test,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "testing.md").read_text(), re.DOTALL)
+    Path("test_dice.py").write_text(test)
     Path("disk.img").write_bytes(bytes(1 << 20))
     Path("initrd.img").write_bytes(b"070701")
     write_bzimage(Path("vmlinuz"))
@@ -47,3 +52,9 @@ def test_the_command_builds_the_machine(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert re.search(r"blk0 .*Blk.*disk.img", shown)
     assert re.search(r"dice0 .*Dice", shown)
+
+
+def test_its_tests_pass() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_dice.py"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "4 passed" in shown.stdout
