@@ -1,50 +1,140 @@
-"""When the answers of the blk plane become known to the driver."""
+"""The blk plane over a backend in Python: whose memory the buffers are, and for how long."""
 
 import struct
-import time
+from collections.abc import Iterator
+
+import pytest
 
 from pyvirtio._core import BlkPlane, DeviceState, GuestMemory, VirtQueue
 from pyvirtio.backends.block import BlockBackend
+from pyvirtio.testing.ring import WRITE, Desc, SplitRing
 
-DESC, AVAIL, USED, BUFFERS = 0x1000, 0x2000, 0x3000, 0x4000
-SECTOR = 512
-REQUESTS = 3
-
-
-class Watching(BlockBackend):
-    """Takes `seconds` for a request, and notes how many are known to be used when the next one comes."""
-
-    capacity = 1 << 20
-
-    def __init__(self, memory: GuestMemory, seconds: float) -> None:
-        self.memory = memory
-        self.seconds = seconds
-        self.used: list[int] = []
-
-    def pread(self, length: int, offset: int) -> bytes:
-        self.used.append(self.memory.load16(USED + 2))
-        time.sleep(self.seconds)
-        return bytes(length)
+SIZE = 8
+HEADER, DATA, STATUS = 0x4000, 0x5000, 0x6000
+READ, WRITE_OUT = 0, 1
+CAPACITY = 1 << 20
 
 
-def used_while_reading(seconds: float) -> list[int]:
-    """Serve a batch of read requests."""
-    memory = GuestMemory.allocate([(0, 1 << 20)])
-    backend = Watching(memory, seconds)
-    vq = VirtQueue(DeviceState("blk0", str), "requestq", 0, 8)
-    vq.start(memory, BlkPlane(backend, capacity=backend.capacity), size=8, desc=DESC, avail=AVAIL, used=USED)
-    for request in range(REQUESTS):
-        head, header = 2 * request, BUFFERS + 1024 * request
-        memory.write(header, struct.pack("<IIQ", 0, 0, request))
-        descs = struct.pack("<QIHHQIHH", header, 16, 1, head + 1, header + 16, SECTOR + 1, 2, 0)
-        memory.write(DESC + 16 * head, descs)
-        memory.store16(AVAIL + 4 + 2 * request, head)
-    memory.store16(AVAIL + 2, REQUESTS)
-    vq.notify()
-    vq.stop()
-    assert memory.load16(USED + 2) == REQUESTS
-    return backend.used
+class Keeper(BlockBackend):
+    """Keeps what it is given."""
+
+    capacity = CAPACITY
+
+    def __init__(self) -> None:
+        self.kept: list[memoryview] = []
+        self.parts: list[memoryview] = []
+        self.answer: int | None = None
+
+    def keep(self, buffers: list[memoryview], offset: int) -> int | None:
+        self.kept += buffers
+        self.parts += [buffer[:4] for buffer in buffers]
+        return self.answer
+
+    preadv = pwritev = keep
 
 
-def test_a_slow_request_does_not_wait_for_the_rest_of_its_batch() -> None:
-    assert used_while_reading(seconds=0.002) == [0, 1, 2]
+class Disk:
+    """A plane on a queue, and the driver's ring for one request at a time."""
+
+    def __init__(self, backend: BlockBackend, **options: int) -> None:
+        self.memory = GuestMemory.allocate([(0, 1 << 20)])
+        self.plane = BlkPlane(backend, capacity=CAPACITY, **options)  # type: ignore[arg-type]
+        self.vq = VirtQueue(DeviceState("blk0", print), "requestq", 0, SIZE)
+        self.ring = SplitRing(self.memory, SIZE, 0x1000, 0x2000, 0x3000)
+        self.vq.start(self.memory, self.plane, size=SIZE, desc=0x1000, avail=0x2000, used=0x3000)
+
+    def do(self, kind: int, data: list[int], sector: int = 0) -> tuple[int, int]:
+        """One request with buffers of these sizes; the status and the used length."""
+        self.memory.write(HEADER, struct.pack("<IIQ", kind, 0, sector))
+        flags = WRITE if kind == READ else 0
+        places = [sum(data[:n]) for n in range(len(data))]
+        buffers = [Desc(DATA + place, size, flags) for place, size in zip(places, data, strict=True)]
+        self.ring.add([Desc(HEADER, 16), *buffers, Desc(STATUS, 1, WRITE)])
+        self.ring.publish()
+        self.vq.service()
+        used = self.ring.pop_used()
+        assert used is not None
+        return self.memory.read(STATUS, 1)[0], used[1]
+
+
+@pytest.fixture
+def keeper() -> Keeper:
+    return Keeper()
+
+
+@pytest.fixture
+def disk(keeper: Keeper) -> Iterator[Disk]:
+    disk = Disk(keeper)
+    yield disk
+    disk.vq.stop()
+
+
+def test_the_buffers_are_the_guests_own(disk: Disk, keeper: Keeper) -> None:
+    disk.memory.write(DATA, b"abcdefgh" + bytes(1016))
+    assert disk.do(WRITE_OUT, [512, 512]) == (0, 1)
+    assert bytes(keeper.parts[0]) == b"abcd"
+    assert keeper.parts[0].readonly
+    assert disk.do(READ, [1024]) == (0, 1025)
+    keeper.parts[-1][:] = b"wxyz"
+    assert disk.memory.read(DATA, 8) == b"wxyzefgh"
+
+
+def test_a_buffer_is_released_when_the_method_returns(disk: Disk, keeper: Keeper) -> None:
+    disk.do(READ, [512])
+    with pytest.raises(ValueError, match="released"):
+        bytes(keeper.kept[0])
+
+
+def test_a_part_that_somebody_kept_stays_mapped(keeper: Keeper) -> None:
+    """It is not his any more, but it must not crash the process either."""
+    disk = Disk(keeper)
+    disk.memory.write(DATA, b"mine")
+    disk.do(WRITE_OUT, [512])
+    disk.vq.stop()
+    del disk
+    assert bytes(keeper.parts[0]) == b"mine"
+
+
+@pytest.mark.parametrize(("answer", "status"), [(None, 0), (512, 0), (511, 1), (0, 1), (513, 1), (-1, 1)])
+def test_a_backend_may_say_how_much_it_did(disk: Disk, keeper: Keeper, answer: int | None, status: int) -> None:
+    keeper.answer = answer
+    assert disk.do(READ, [512]) == (status, 513 if status == 0 else 1)
+
+
+def test_a_large_request_comes_in_pieces() -> None:
+    """Nobody has to hold more than 1 MiB of a request, however large it is."""
+
+    class Counting(BlockBackend):
+        """Remembers the sizes."""
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, int]] = []
+
+        def pread(self, length: int, offset: int) -> bytes:
+            self.calls.append((length, offset))
+            return bytes(length)
+
+    backend = Counting()
+    disk = Disk(backend)
+    disk.plane = BlkPlane(backend, capacity=16 << 20)
+    disk.vq.stop()
+    disk.ring = SplitRing(disk.memory, SIZE, 0x1000, 0x2000, 0x3000)
+    disk.memory.write(0x1000, bytes(0x3000))
+    disk.vq.start(disk.memory, disk.plane, size=SIZE, desc=0x1000, avail=0x2000, used=0x3000)
+    half = 0x80000
+    # Descriptors may overlap, so little memory describes a large request.
+    disk.memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+    disk.ring.add([Desc(HEADER, 16), *[Desc(half, half, WRITE)] * 5, Desc(STATUS, 1, WRITE)])
+    disk.ring.publish()
+    disk.vq.service()
+    assert disk.ring.pop_used() == (0, 5 * half + 1)
+    assert backend.calls == [(1 << 20, 0), (1 << 20, 1 << 20), (half, 2 << 20)]
+    disk.vq.stop()
+
+
+def test_requests_are_whole_blocks() -> None:
+    disk = Disk(Keeper(), block_size=4096)
+    assert disk.do(READ, [4096], sector=8) == (0, 4097)
+    assert disk.do(READ, [4096], sector=1) == (1, 1)
+    assert disk.do(READ, [512], sector=8) == (1, 1)
+    disk.vq.stop()
