@@ -61,8 +61,8 @@ def skips(reason: str) -> Outcome:
     [
         (False, True, "mkfs.ext4 is not installed", 0),
         (True, True, "mkfs.ext4 is not installed", 1),
-        (True, True, "there is no /dev/kvm", 1),
-        (True, False, "there is no /dev/kvm", 0),
+        (True, True, "no usable /dev/kvm", 1),
+        (True, False, "no usable /dev/kvm", 0),
     ],
 )
 def test_a_skip_is_a_failure_in_ci_unless_there_is_no_kvm(
