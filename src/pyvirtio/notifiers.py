@@ -126,11 +126,13 @@ class HostNotifiers:
         `OSError` if the eventfds cannot be assigned; then nothing was lent.
         """
         with self._lock:
+            reasons, self.reasons = self.reasons, {}
             self._grabs += 1
             try:
                 self._open_and_close()
             except NotAttached as failure:
                 self._grabs -= 1
+                self.reasons = reasons
                 self._settle()
                 raise failure.error from failure
             for vq in self.queues:
@@ -142,6 +144,8 @@ class HostNotifiers:
         with self._lock:
             self._grabs -= 1
             self._settle()
+            if self.running and not self._attached:
+                self._serve_once()
 
     @property
     def grabbed(self) -> bool:
@@ -163,10 +167,9 @@ class HostNotifiers:
         """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), or - while it has no ring."""
         if not self.queues[index].ready:
             return "-"
-        if self._attached:
-            return "vhost" if self.grabbed else "ioeventfd"
+        mode = ("vhost" if self.grabbed else "ioeventfd") if self._attached else "sync"
         reason = self.reasons.get(index)
-        return f"sync ({reason})" if reason else "sync"
+        return f"{mode} ({reason})" if reason else mode
 
     def _settle(self) -> None:
         """Make the eventfds what the flags ask for, or serve synchronously. Calling it twice changes nothing."""
@@ -175,11 +178,12 @@ class HostNotifiers:
         except NotAttached as failure:
             self._explain(failure)
             self._open_and_close()
-            self._serve_once()
+            if not self._attached:
+                self._serve_once()
 
     def _open_and_close(self) -> None:
         attach = self.running and (self.grabbed or (self._ioeventfd and not self.reasons))
-        assign = attach and not self._moving
+        assign = attach and not self._moving and not self.reasons  # without, a notify exits and signals the eventfd
         poll = attach and not self.grabbed
         if not poll:
             self._polled.close()

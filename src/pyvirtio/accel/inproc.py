@@ -59,7 +59,8 @@ class InProcess:
             here = self._ioeventfds.get((at.space, at.address), {})
             if _collides(at, here):
                 _refuse(errno.EEXIST, at)
-            self._ioeventfds[at.space, at.address] = here | {(at.length, at.datamatch): fd}
+            here[at.length, at.datamatch] = fd
+            self._ioeventfds[at.space, at.address] = here
         return partial(self._deassign, at)
 
     def _deassign(self, at: IoAddress) -> None:

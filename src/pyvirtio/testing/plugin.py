@@ -26,8 +26,7 @@ def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
     """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
     with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)):
         yield from _machine(request.param)
-        for record in caplog.get_records("call"):
-            record.exc_info = None  # a traceback keeps the handler's frame alive, and so the device
+        caplog.get_records("call").clear()  # a traceback in a record keeps the device alive
 
 
 def _machine(ioeventfd: bool) -> Iterator[Guest]:
@@ -48,20 +47,13 @@ def nothing_left_behind(unless: Callable[[], bool] = lambda: False) -> Iterator[
     yield
     if unless():
         return
-    if _more(before):
+    if _held() != before:
         gc.collect()  # what is left may hang in a cycle
     deadline = time.monotonic() + HANG
-    while (left := _more(before)) and time.monotonic() < deadline:
+    while more := {what: count for what, count in _held().items() if count > before[what]}:
+        assert time.monotonic() < deadline, f"held before: {before}, and now: {more}"
         time.sleep(0.001)  # the kernel's thread outlives `Thread.join` by a moment
-    assert not left, left
 
 
-def _more(before: tuple[int, int]) -> str:
-    """What there is more of than before; what an earlier test left may have gone meanwhile."""
-    after = _held()
-    grown = any(now > then for now, then in zip(after, before, strict=True))
-    return f"(fds, threads) were {before} and are {after}" if grown else ""
-
-
-def _held() -> tuple[int, int]:
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+def _held() -> dict[str, int]:
+    return {"fds": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}

@@ -73,12 +73,15 @@ impl Doorbell {
         self.kick.signal();
     }
 
-    pub fn detach(&self, queue: &impl Serve) {
+    /// Serve the kicks that are still in the eventfd; returns how many those were.
+    pub fn detach(&self, queue: &impl Serve) -> u64 {
         self.attached.store(false, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        if !cfg!(lose_last_read) && self.kick.take() > 0 {
+        let kicks = if cfg!(lose_last_read) { 0 } else { self.kick.take() };
+        if kicks > 0 {
             self.service(queue);
         }
+        kicks
     }
 
     /// Serve until there is nothing left. True: the thread was held long enough, and the eventfd is signalled for

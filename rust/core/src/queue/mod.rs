@@ -241,7 +241,8 @@ impl VirtQueue {
 
     /// From here on `notify` serves; serves a kick that is still in the eventfd.
     pub fn detach(self: &Arc<Self>) {
-        self.doorbell.detach(&Served(self));
+        let kicks = self.doorbell.detach(&Served(self));
+        self.counters.kicks.add(kicks);
     }
 
     /// Signal the eventfd as a kick does.
