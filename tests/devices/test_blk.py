@@ -246,13 +246,11 @@ def test_config_says_what_the_disk_is(guest: Guest, image: Path) -> None:
 
 
 def test_config_reads_the_same_over_the_legacy_registers(guest: Guest, image: Path) -> None:
-    device = Blk(File(image))
     for msix in (False, True):
-        driver = guest.plug(device, transport="legacy", msix=msix)
+        driver = guest.plug(Blk(File(image)), transport="legacy", msix=msix)
         assert driver.config.capacity == 2048
         assert driver.config.blk_size == 512
         guest.unplug(driver)
-        device = Blk(File(image))
 
 
 def test_a_read_only_file_refuses_writes(guest: Guest, image: Path) -> None:
@@ -321,20 +319,40 @@ def test_a_defect_of_a_backend_breaks_the_device_and_is_logged(guest: Guest, cap
     assert Disk(disk.driver).read(0, 512) == b"\x11" * 512
 
 
-@pytest.mark.parametrize("length", [0, 511, 513])
-def test_a_backend_that_returns_another_length_fails_the_request(guest: Guest, length: int) -> None:
-    class Wrong(ReadOnly):
-        """Returns what it likes."""
+class Pieces(BlockBackend):
+    """Returns at most `piece` bytes at a time, as `os.pread` may."""
 
-        def pread(self, wanted: int, offset: int) -> bytes:
-            return bytes(length)
+    capacity = 8 * SECTOR
 
-    disk = Disk(guest.plug(Blk(Wrong())))
+    def __init__(self, piece: int) -> None:
+        self.piece = piece
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return bytes((offset + n) % 251 for n in range(min(length, self.piece)))
+
+
+@pytest.mark.parametrize("piece", [1, 511, 700])
+def test_a_short_read_is_continued(guest: Guest, piece: int) -> None:
+    disk = Disk(guest.plug(Blk(Pieces(piece))))
+    assert disk.read(1, 1024) == bytes((512 + n) % 251 for n in range(1024))
+
+
+def test_a_read_of_nothing_fails_the_request(guest: Guest) -> None:
+    disk = Disk(guest.plug(Blk(Pieces(0))))
+    assert disk.submit(Kind.READ, room=512).wait() is Verdict.IOERR
+
+
+def test_a_backend_that_returns_too_much_has_a_defect(guest: Guest) -> None:
+    class TooMuch(ReadOnly):
+        """Returns a byte more than it was asked for."""
+
+        def pread(self, length: int, offset: int) -> bytes:
+            return bytes(length + 1)
+
+    disk = Disk(guest.plug(Blk(TooMuch())))
     request = disk.submit(Kind.READ, room=512)
-    try:
-        assert request.wait() is Verdict.IOERR
-    finally:
-        disk.driver.may_break = True
+    assert "513 bytes where 512" in disk.driver.wait_needs_reset()
+    assert not request.buffer.done
 
 
 def test_a_file_that_shrank_under_us_fails_the_read(guest: Guest, image: Path) -> None:

@@ -26,6 +26,7 @@ def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
     """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
     with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)):
         yield from _machine(request.param)
+        request.node.funcargs.clear()  # devices that other fixtures made
         caplog.get_records("call").clear()  # a traceback in a record keeps the device alive
 
 
