@@ -33,7 +33,10 @@ def device_class(name: str) -> type[Device]:
 
 def device_properties(name: str) -> list[Property]:
     """What a device takes: its own properties, then those of its transport."""
-    return [*properties_of(device_class(name)), *transport_properties()]
+    cls = device_class(name)
+    own = {"ioeventfd": cls.ioeventfd}
+    pci = [replace(p, default=own.get(p.parameter, p.default)) for p in transport_properties()]
+    return [*properties_of(cls), *pci]
 
 
 def transport_properties() -> list[Property]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ def _bar_description(function: VirtioPci, bar: Bar) -> dict[str, Any]:
 
 def _cell(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {size}" for name, size in value.items())
+        sizes = Counter(value.values())
+        return ", ".join(str(size) if count == 1 else f"{count} x {size}" for size, count in sizes.items())
     if isinstance(value, bool):
         return "on" if value else "off"
     return "-" if value is None else str(value)

@@ -90,13 +90,24 @@ def main(args: argparse.Namespace) -> int:
     boot = _read_boot(args)
     check_cpus(args.smp)
     if args.dry_run:
-        from pyvirtio.accel.inproc import InProcess
-
-        with Board(InProcess(allocate(args.memory))) as board:
-            plug.plug(board, args)
+        with _rehearsal(args) as board:
             plug.describe(board, args)
         return 0
+    reason = linux_capable()
+    if isinstance(boot, LinuxBoot) and reason:
+        with _rehearsal(args):  # a mistake in the options comes first
+            raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
     return _run(boot, args)
+
+
+@contextmanager
+def _rehearsal(args: argparse.Namespace) -> Iterator[Board]:
+    """The board with its devices, without KVM."""
+    from pyvirtio.accel.inproc import InProcess
+
+    with Board(InProcess(allocate(args.memory))) as board:
+        plug.plug(board, args)
+        yield board
 
 
 def _read_boot(args: argparse.Namespace) -> LinuxBoot | Firmware:
@@ -109,9 +120,6 @@ def _read_boot(args: argparse.Namespace) -> LinuxBoot | Firmware:
 
 
 def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
-    reason = linux_capable()
-    if isinstance(boot, LinuxBoot) and reason:
-        raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
     with ExitStack() as stack:
         output, debug = _serial_output(args.serial, stack), _debug_output(args.debugcon, stack)
         machine = stack.enter_context(
