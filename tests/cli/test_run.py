@@ -130,7 +130,6 @@ def test_linux_on_a_software_kvm_names_the_lab(
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.usefixtures("here")
 def test_a_mistake_in_the_options_comes_before_what_the_host_lacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +138,7 @@ def test_a_mistake_in_the_options_comes_before_what_the_host_lacks(
     assert capsys.readouterr().err == "pyvirtio: /nowhere.img: No such file or directory\n"
 
 
+@pytest.mark.usefixtures("here")
 def test_dry_run_shows_what_would_be_built(capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "-m 1G --smp 2 --object iothread,id=io0 --drive file=disk.img,id=d0,readonly=on "
