@@ -170,7 +170,7 @@ def test_every_request_ends_as_the_model_says(
     @given(st.lists(cut_requests(), min_size=1, max_size=3), st.booleans())
     def explore(batch: list[tuple[Request, list[bytes], list[int]]], indirect: bool) -> None:
         model = Model(readonly=drive.readonly)
-        put_contents(drive, model.data)
+        put_contents(drive, bytes(model.data))
         buffers = []
         for _, parts, room in batch:
             buffer = vq.add(parts, room, indirect=indirect)
