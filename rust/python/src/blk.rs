@@ -236,25 +236,25 @@ fn failure(py: Python<'_>, error: &PyErr) -> Failure {
 }
 
 fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let wanted = into.len();
-    let filled = crate::bytes::with_bytes(data, |data| (data.len() == wanted).then(|| into.fill(data)))?;
-    filled.ok_or_else(|| wrong_length(data, &format!("pread returned {} bytes", data.len().unwrap_or(0)), wanted))
+    let room = into.len();
+    crate::bytes::with_bytes(data, |data| match data.len() {
+        length if length > room => {
+            Err(PyValueError::new_err(format!("pread returned {length} bytes where {room} were asked for")))
+        }
+        _ => Ok(into.fill(data)),
+    })?
 }
 
-/// What a method says it did: the number of bytes, or None for all. Some of them is not enough.
+/// What a method says it did: as many bytes as it returns, or all.
 fn transferred(done: &Bound<'_, PyAny>, buffers: &Buffers<'_>) -> PyResult<usize> {
     let wanted = buffers.len();
-    if done.is_none() || done.extract::<usize>().is_ok_and(|done| done == wanted) {
+    if done.is_none() {
         return Ok(wanted);
     }
-    Err(wrong_length(done, &format!("it returned {done}"), wanted))
-}
-
-/// Fails the request, and tells who wrote the backend.
-fn wrong_length(data: &Bound<'_, PyAny>, what: &str, wanted: usize) -> PyErr {
-    let error = PyOSError::new_err(format!("{what} where {wanted} were asked for"));
-    logging::exception(data.py(), "a block backend did not do all of a request", &error);
-    error
+    done.extract::<usize>()
+        .ok()
+        .filter(|done| *done <= wanted)
+        .ok_or_else(|| PyValueError::new_err(format!("the backend returned {done}, not None or up to {wanted} bytes")))
 }
 
 fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u64, writable: bool) -> PyResult<usize> {
