@@ -169,7 +169,7 @@ impl Backend for PythonBackend {
             match &self.read {
                 Transfer::InPlace(method) => in_place(py, method, into, offset, true),
                 Transfer::Copied(method) => {
-                    method.bind(py).call1((into.len(), offset)).and_then(|data| fill(into, &data))
+                    method.bind(py).call1((into.total(), offset)).and_then(|data| fill(into, &data))
                 }
                 Transfer::None => Err(undefined("pread")),
             }
@@ -181,7 +181,7 @@ impl Backend for PythonBackend {
         Python::attach(|py| {
             match &self.write {
                 Transfer::InPlace(method) => in_place(py, method, from, offset, false),
-                Transfer::Copied(method) => PyBytes::new_with(py, from.len(), |out| {
+                Transfer::Copied(method) => PyBytes::new_with(py, from.total(), |out| {
                     from.gather(out);
                     Ok(())
                 })
@@ -236,7 +236,7 @@ fn failure(py: Python<'_>, error: &PyErr) -> Failure {
 }
 
 fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let room = into.len();
+    let room = into.total();
     crate::bytes::with_bytes(data, |data| match data.len() {
         length if length > room => {
             Err(PyValueError::new_err(format!("pread returned {length} bytes where {room} were asked for")))
@@ -247,7 +247,7 @@ fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
 
 /// What a method says it did: as many bytes as it returns, or all.
 fn transferred(done: &Bound<'_, PyAny>, buffers: &Buffers<'_>) -> PyResult<usize> {
-    let wanted = buffers.len();
+    let wanted = buffers.total();
     if done.is_none() {
         return Ok(wanted);
     }

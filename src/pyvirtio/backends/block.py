@@ -22,6 +22,9 @@ class BlockBackend:
     - `flush()`: what was written is durable on return;
     - `discard(length, offset)`, `write_zeroes(length, offset)`.
 
+    Like `os.pread` and `os.pwrite` they may do less, and return less or the number of bytes: they are called again
+    for the rest, and a request of which nothing can be done fails. None from a write or `preadv` means all of it.
+
     A backend with a `fileno()` is a raw file: the core does its I/O without Python, and can do all of the above.
 
     `buffers` are memoryviews of guest memory, valid until the method returns. An `OSError` fails that request

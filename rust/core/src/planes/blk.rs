@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
 use crate::chain::{Chain, ChainError, Segment};
@@ -69,12 +70,9 @@ pub struct Buffers<'a> {
 }
 
 impl Buffers<'_> {
-    pub fn len(&self) -> usize {
+    /// How many bytes they hold together.
+    pub fn total(&self) -> usize {
         self.segments.iter().map(|segment| segment.iov_len).sum()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Copy `data` to the front of the buffers; return how much fitted.
@@ -236,47 +234,30 @@ impl BlkPlane {
     }
 
     fn read(&self, chain: &mut Chain, sector: u64) -> Result<(), Failure> {
-        let mut left = chain.writable_left() - STATUS_BYTES;
-        let mut offset = self.disk.offset(sector, left as u64)?;
+        let length = chain.writable_left() - STATUS_BYTES;
+        let offset = self.disk.offset(sector, length as u64)?;
         if chain.readable_left() > 0 {
             return Err(Failure::Refused);
         }
         self.counters.reads.add(1);
-        while left > 0 {
-            let piece = left.min(PIECE);
-            let mut segments = chain.take_writable(piece);
-            let memory = chain.memory();
-            let (done, result) = transfer(&mut segments, offset, |segments, offset| {
-                self.backend.read(&Buffers { memory, segments }, offset)
-            });
-            chain.wrote(done as u32);
-            self.counters.bytes_read.add(done as u64);
-            result?;
-            offset += piece as u64;
-            left -= piece;
-        }
-        Ok(())
+        let (done, result) =
+            in_pieces(chain, length, offset, Chain::take_writable, |into, at| self.backend.read(into, at));
+        chain.wrote(done as u32);
+        self.counters.bytes_read.add(done as u64);
+        result
     }
 
     fn write(&self, chain: &mut Chain, sector: u64) -> Result<(), Failure> {
-        let mut left = chain.readable_left();
-        let mut offset = self.disk.offset(sector, left as u64)?;
+        let length = chain.readable_left();
+        let offset = self.disk.offset(sector, length as u64)?;
         if self.disk.readonly || chain.writable_left() > STATUS_BYTES {
             return Err(Failure::Refused);
         }
         self.counters.writes.add(1);
-        while left > 0 {
-            let piece = left.min(PIECE);
-            let mut segments = chain.take_readable(piece);
-            let memory = chain.memory();
-            let (done, result) = transfer(&mut segments, offset, |segments, offset| {
-                self.backend.write(&Buffers { memory, segments }, offset)
-            });
-            self.counters.bytes_written.add(done as u64);
-            result?;
-            offset += piece as u64;
-            left -= piece;
-        }
+        let (done, result) =
+            in_pieces(chain, length, offset, Chain::take_readable, |from, at| self.backend.write(from, at));
+        self.counters.bytes_written.add(done as u64);
+        result?;
         self.flush_if_writethrough()
     }
 
@@ -354,18 +335,40 @@ struct Range {
     flags: u32,
 }
 
-/// Let `step` go through all segments, in as many steps as it needs; return how many bytes were done, too.
+/// How many bytes were done, also if not all were.
+type Progress = (usize, Result<(), Failure>);
+
+/// Let `step` go through the next `length` bytes of the chain, which `take` finds, in pieces of bounded size.
+fn in_pieces(
+    chain: &mut Chain,
+    length: usize,
+    offset: u64,
+    take: fn(&mut Chain, usize) -> SmallVec<[Segment; 4]>,
+    mut step: impl FnMut(&Buffers<'_>, u64) -> Result<usize, Failure>,
+) -> Progress {
+    let mut done = 0;
+    while done < length {
+        let mut segments = take(chain, PIECE.min(length - done));
+        let memory = chain.memory();
+        let (more, result) = transfer(&mut segments, offset + done as u64, |segments, offset| {
+            step(&Buffers { memory, segments }, offset)
+        });
+        done += more;
+        if result.is_err() {
+            return (done, result);
+        }
+    }
+    (done, Ok(()))
+}
+
+/// Let `step` go through all segments, in as many steps as it needs.
 fn transfer(
     segments: &mut [Segment],
     offset: u64,
     mut step: impl FnMut(&[Segment], u64) -> Result<usize, Failure>,
-) -> (usize, Result<(), Failure>) {
-    let (mut rest, mut done) = (segments, 0);
-    loop {
-        rest = skip(rest, 0);
-        if rest.is_empty() {
-            return (done, Ok(()));
-        }
+) -> Progress {
+    let (mut rest, mut done) = (skip(segments, 0), 0);
+    while !rest.is_empty() {
         match step(&rest[..rest.len().min(IOV_MAX)], offset + done as u64) {
             Ok(0) => return (done, Err(Failure::Refused)),
             Ok(n) => {
@@ -375,6 +378,7 @@ fn transfer(
             Err(failure) => return (done, Err(failure)),
         }
     }
+    (done, Ok(()))
 }
 
 /// What is left of the segments after `n` bytes; empty ones in front are dropped.

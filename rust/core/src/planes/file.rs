@@ -90,3 +90,52 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::FromRawFd;
+
+    use super::*;
+
+    const CAPACITY: usize = 1 << 20;
+
+    /// On tmpfs, which punches holes but knows no FALLOC_FL_ZERO_RANGE.
+    fn disk_of_ones() -> FileBackend {
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0);
+        // SAFETY: `fd` is open and nobody else's.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.write_all_at(&[1; CAPACITY], 0).unwrap();
+        FileBackend::new(file)
+    }
+
+    fn assert_zeroes_are_only_at(disk: &FileBackend, zeroes: std::ops::Range<usize>) {
+        let mut content = vec![0; CAPACITY];
+        disk.0.read_exact_at(&mut content, 0).unwrap();
+        let expected: Vec<u8> = (0..CAPACITY).map(|at| u8::from(!zeroes.contains(&at))).collect();
+        assert!(content == expected);
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+        let disk = disk_of_ones();
+        assert!(disk.fallocate(ZERO_RANGE, 512, 0).is_err_and(|error| is_unsupported(&error)));
+        disk.write_zeroes(200_192, 512, false).unwrap();
+        assert_zeroes_are_only_at(&disk, 512..200_704);
+    }
+
+    #[test]
+    fn zeroes_that_may_be_unmapped_become_a_hole() {
+        let disk = disk_of_ones();
+        disk.write_zeroes(8192, 4096, true).unwrap();
+        assert_zeroes_are_only_at(&disk, 4096..12288);
+    }
+
+    #[test]
+    fn a_discard_leaves_zeroes_and_the_size() {
+        let disk = disk_of_ones();
+        disk.discard(8192, CAPACITY as u64 - 8192).unwrap();
+        assert_zeroes_are_only_at(&disk, CAPACITY - 8192..CAPACITY);
+    }
+}
