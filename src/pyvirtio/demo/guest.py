@@ -67,16 +67,16 @@ class LinuxGuest:
         self.machine.close()
         os.close(self._reader)
 
-    def boot(self, timeout: float = 120) -> str:
+    def boot(self, timeout: float = 300) -> str:
         """Start the machine and wait for the shell; return what the kernel said on the way."""
         self._thread.start()
         return self.wait_for_shell(timeout)
 
-    def wait_for_shell(self, timeout: float = 120) -> str:
+    def wait_for_shell(self, timeout: float = 300) -> str:
         """Wait until the shell takes lines: after `boot`, or a reboot that the guest itself asked for."""
         return self._finish("booting", None, timeout)
 
-    def run(self, line: str, on_line: Callable[[str], object] | None = None, timeout: float = 60) -> str:
+    def run(self, line: str, on_line: Callable[[str], object] | None = None, timeout: float = 120) -> str:
         """Run a shell line; return its output, or raise `GuestFailed` if its exit status is not 0.
 
         `on_line` gets each line of output as it comes.
@@ -92,7 +92,7 @@ class LinuxGuest:
             if data:
                 time.sleep(_FIFO_FULL_SECONDS)
 
-    def wait(self, timeout: float = 60) -> Outcome:
+    def wait(self, timeout: float = 120) -> Outcome:
         """Wait until the machine has ended by itself; return how."""
         self._thread.join(timeout)
         if self._outcome is None:

@@ -21,7 +21,7 @@ from pyvirtio.transports.pci import VirtioPci
 SLOW_SECONDS = 0.003
 BACKENDS = ("file", "slow")
 CHECKSUM_TIMEOUT = 300
-LINE_TIMEOUT = 60
+LINE_TIMEOUT = 120
 
 Report = Callable[..., object]
 """Called with the name of an event and its figures: `report("window", backend="file", ...)`."""

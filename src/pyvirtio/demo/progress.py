@@ -4,7 +4,7 @@ import time
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pyvirtio.demo.table import NAMES
 
@@ -28,13 +28,13 @@ class Steps:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=windows)
+        self._task = self._progress.add_task("", total=None, count="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -64,10 +64,11 @@ class Steps:
 
     def _window(self, window: dict[str, Any]) -> None:
         self._done += 1
-        self._progress.update(self._task, completed=self._done)
+        count = f"{self._done}/{self._windows}"
+        self._progress.update(self._task, completed=self._done, total=self._windows, count=count)
         if not self.console.is_terminal:
             speed = f"{window['chains'] / window['seconds']:,.0f} reads/s, {window['notifies']:,} notify exits"
-            self.console.print(f"  {self._done:2}/{self._windows}  {describe(window['load']):<44} {speed}")
+            self.console.print(f"  {count:>5}  {describe(window['load']):<44} {speed}")
 
     def _finish(self) -> None:
         if self._step:

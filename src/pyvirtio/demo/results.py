@@ -26,9 +26,8 @@ class Spread:
 class Row:
     """One load over all rounds.
 
-    `cpu_left` is the speed of the counting process relative to its speed in the same round while the disk is idle.
-    Counts are sums of all rounds; `batch` is how many requests a wake-up or, with ioeventfd off, a notify
-    exit served.
+    `cpu_left` is the speed of the counting process relative to its best speed while a disk is idle. Counts are sums of
+    all rounds; `batch` is how many requests a wake-up served or, with ioeventfd off, a notify exit.
     """
 
     backend: str
@@ -72,12 +71,12 @@ class Results:
     def row(self, backend: str, readers: int, ioeventfd: bool) -> Row:
         load = (backend, readers, ioeventfd)
         windows = [w for w in self.windows if (w.load.backend, w.load.readers, w.load.ioeventfd) == load]
-        idle = {(w.load.backend, w.load.round): w.counted_per_second for w in self.windows if not w.load.readers}
+        undisturbed = max(w.counted_per_second for w in self.windows if not w.load.readers)
         reads, exits, wakeups = (sum(getattr(w, name) for w in windows) for name in ("chains", "notifies", "wakeups"))
         return Row(
             *load,
             reads_per_second=Spread.of(w.chains / w.seconds for w in windows),
-            cpu_left=Spread.of(w.counted_per_second / idle[backend, w.load.round] for w in windows),
+            cpu_left=Spread.of(w.counted_per_second / undisturbed for w in windows),
             reads=reads,
             notify_exits=exits,
             kicks=sum(w.kicks for w in windows),

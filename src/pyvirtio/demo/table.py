@@ -22,7 +22,7 @@ def table(results: Results) -> RenderableType:
         *(_backend(backend, results) for backend in NAMES),
         Text(
             f"Speeds are medians (lowest-highest) of {rounds} rounds, counts are sums. vCPU left: speed of a process "
-            "that only counts, relative to idle disks. Batch: requests served by one wake-up or exit.\n",
+            "that only counts, relative to its speed beside an idle disk. Batch: requests for each wake-up or exit.\n",
             "dim",
         ),
         *(Text(line) for line in summary(results)),
@@ -68,8 +68,8 @@ def summary(results: Results) -> list[str]:
     ratio = file[1].reads_per_second.median / max(file[0].reads_per_second.median, 1e-9)
     lines = [
         f"With {readers} readers of a plain file, ioeventfd gives {ratio:.1f} times the reads per second.",
-        f"With {readers} readers of a backend that takes 3 ms, {slow[1].cpu_left.median:.0%} of the vCPU are left "
-        f"with ioeventfd and {slow[0].cpu_left.median:.0%} without.",
+        f"With {readers} readers of a backend that takes 3 ms, the guest keeps {slow[1].cpu_left.median:.0%} of its "
+        f"vCPU with ioeventfd and {slow[0].cpu_left.median:.0%} without.",
     ]
     problems = results.problems()
     if not problems:
