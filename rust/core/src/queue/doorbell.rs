@@ -103,19 +103,17 @@ impl Doorbell {
 
     /// Serve without asking for kicks again: the caller must go on to `rearm`, or to another drain.
     pub fn drain(&self, queue: &impl Serve) -> Drained {
-        if !self.entry.enter() {
+        let Some(_inside) = self.entry.enter() else {
             return Drained::Elsewhere;
-        }
+        };
         queue.begin();
-        let end = loop {
+        loop {
             match queue.pass() {
                 Pass::Took => (),
-                Pass::Idle => break Drained::Empty,
-                Pass::Spent => break Drained::Spent,
+                Pass::Idle => return Drained::Empty,
+                Pass::Spent => return Drained::Spent,
             }
-        };
-        self.entry.exit();
-        end
+        }
     }
 }
 
@@ -134,35 +132,44 @@ impl Entry {
         Self { busy: AtomicBool::new(false), waiting: AtomicU8::new(0), lock: Mutex::new(()), left: Condvar::new() }
     }
 
-    fn enter(&self) -> bool {
-        !self.busy.swap(true, Ordering::SeqCst)
+    fn enter(&self) -> Option<Inside<'_>> {
+        (!self.busy.swap(true, Ordering::SeqCst)).then(|| Inside(self))
     }
 
-    pub fn exit(&self) {
-        // A swap and no store: what came before the swap of somebody who was turned away is visible from here on.
-        self.busy.swap(false, Ordering::SeqCst);
-        if self.is_awaited() {
-            drop(self.lock.lock());
-            self.left.notify_all();
-        }
-    }
-
-    /// Wait until nobody is in, and keep everybody out until `exit`.
-    pub fn wait_and_enter(&self) {
+    /// Wait until nobody is in, and keep everybody out.
+    pub fn wait_and_enter(&self) -> Inside<'_> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut held = self.lock.lock();
-        while !self.enter() {
+        let inside = loop {
+            if let Some(inside) = self.enter() {
+                break inside;
+            }
             held = match held {
                 Ok(guard) => self.left.wait(guard),
                 Err(poisoned) => self.left.wait(poisoned.into_inner()),
             };
-        }
+        };
         drop(held);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
+        inside
     }
 
     /// Whether somebody waits for the thread that is in to leave.
     pub fn is_awaited(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
+    }
+}
+
+/// Being in; dropping it is leaving.
+pub struct Inside<'a>(&'a Entry);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        // A swap and no store: what came before the swap of somebody who was turned away is visible from here on.
+        self.0.busy.swap(false, Ordering::SeqCst);
+        if self.0.is_awaited() {
+            drop(self.0.lock.lock());
+            self.0.left.notify_all();
+        }
     }
 }

@@ -130,18 +130,12 @@ impl VirtQueue {
     ///
     /// Called by the handler itself it does not wait, and the service ends when the handler returns.
     pub fn stop(&self) -> (u16, u16) {
-        let inside = self.is_server();
-        if !inside {
-            self.doorbell.entry.wait_and_enter();
-        }
+        let _alone = (!self.is_server()).then(|| self.doorbell.entry.wait_and_enter());
         let active = {
             let _no_copy_runs = self.state.exclusive();
             self.run.fetch_add(1, Ordering::Relaxed);
             self.active().take()
         };
-        if !inside {
-            self.doorbell.entry.exit();
-        }
         active.map_or((0, 0), |active| active.ring.position())
     }
 
