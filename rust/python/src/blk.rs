@@ -236,25 +236,32 @@ fn failure(py: Python<'_>, error: &PyErr) -> Failure {
 }
 
 fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-    let room = into.total();
+    let wanted = into.total();
     crate::bytes::with_bytes(data, |data| match data.len() {
-        length if length > room => {
-            Err(PyValueError::new_err(format!("pread returned {length} bytes where {room} were asked for")))
-        }
-        _ => Ok(into.fill(data)),
+        length if length == wanted => Ok(into.fill(data)),
+        length => Err(not_all(&format!("pread returned {length} bytes"), length > wanted, wanted)),
     })?
 }
 
-/// What a method says it did: as many bytes as it returns, or all.
+/// What a method says it did: the number of bytes, or None for all.
 fn transferred(done: &Bound<'_, PyAny>, buffers: &Buffers<'_>) -> PyResult<usize> {
     let wanted = buffers.total();
-    if done.is_none() {
-        return Ok(wanted);
+    match done.extract::<usize>() {
+        _ if done.is_none() => Ok(wanted),
+        Ok(length) if length == wanted => Ok(wanted),
+        Ok(length) if length < wanted => Err(not_all(&format!("it did {length} bytes"), false, wanted)),
+        _ => Err(not_all(&format!("it returned {done}"), true, wanted)),
     }
-    done.extract::<usize>()
-        .ok()
-        .filter(|done| *done <= wanted)
-        .ok_or_else(|| PyValueError::new_err(format!("the backend returned {done}, not None or up to {wanted} bytes")))
+}
+
+/// Less than was asked for is the host's fault, anything else a defect of the backend.
+fn not_all(what: &str, defect: bool, wanted: usize) -> PyErr {
+    let message = format!("{what} where {wanted} were asked for");
+    if defect {
+        PyValueError::new_err(message)
+    } else {
+        PyOSError::new_err(message)
+    }
 }
 
 fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u64, writable: bool) -> PyResult<usize> {

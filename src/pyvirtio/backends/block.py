@@ -22,13 +22,12 @@ class BlockBackend:
     - `flush()`: what was written is durable on return;
     - `discard(length, offset)`, `write_zeroes(length, offset)`.
 
-    Like `os.pread` and `os.pwrite` they may do less, and return less or the number of bytes: they are called again
-    for the rest, and a request of which nothing can be done fails. None from a write or `preadv` means all of it.
+    `preadv` and the writes return None or the number of bytes. Less than was asked for fails the request, as an
+    `OSError` does, and nothing more.
 
     A backend with a `fileno()` is a raw file: the core does its I/O without Python, and can do all of the above.
 
-    `buffers` are memoryviews of guest memory, valid until the method returns. An `OSError` fails that request
-    and nothing more. Methods run on the device's I/O thread.
+    `buffers` are memoryviews of guest memory, valid until the method returns. Methods run on the device's I/O thread.
     """
 
     named_by: ClassVar[str] = "a --drive"
