@@ -1,6 +1,8 @@
 """`pyvirtio run` as far as it goes without a guest: what it refuses, and what it says it would build."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +164,16 @@ def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "kernel: 1 CPU, 512M of memory" in shown
     assert "rng0" in shown
+
+
+def test_closed_standard_files_are_not_taken_by_a_disk() -> None:
+    code = (
+        "import os, sys; from pyvirtio.cli.run import _fill_standard_fds; _fill_standard_fds();"
+        "print(*(os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 1)), os.path.exists('/proc/self/fd/3'), file=sys.stderr)"
+    )
+    closing = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
+    done = subprocess.run([*closing, sys.executable, "-c", code], stderr=subprocess.PIPE, check=True, text=True)
+    assert done.stderr == "/dev/null /dev/null False\n"
 
 
 def devices(capsys: pytest.CaptureFixture[str]) -> list[str]:

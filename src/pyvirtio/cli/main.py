@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
     chosen = arguments[0] if arguments else ""
     args = make_parser(chosen).parse_args(arguments)
     status: int = importlib.import_module(f"pyvirtio.cli.{chosen}").main(args)
-    sys.stdout.flush()
+    print(end="", flush=True)  # does nothing where standard output is closed
     return status
 
 

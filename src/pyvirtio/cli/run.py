@@ -20,7 +20,7 @@ from pyvirtio.vmm.machine import Machine, Outcome, check_cpus
 from pyvirtio.vmm.monitor import Monitor
 from pyvirtio.vmm.serial import Console
 
-STDIN, STDOUT = 0, 1
+STDIN, STDOUT, STDERR = 0, 1, 2
 ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger("pyvirtio")
@@ -85,6 +85,7 @@ def _serial(text: str) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
+    _fill_standard_fds()
     if plug.show_help(args):
         return 0
     boot = _read_boot(args)
@@ -98,6 +99,13 @@ def main(args: argparse.Namespace) -> int:
         with _rehearsal(args):  # a mistake in the options comes first
             raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
     return _run(boot, args)
+
+
+def _fill_standard_fds() -> None:
+    """Open what the caller closed, or a disk image would get its number, and what is printed."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= max(STDIN, STDOUT, STDERR):
+        pass
+    os.close(fd)
 
 
 @contextmanager
