@@ -169,11 +169,11 @@ def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_closed_standard_files_are_not_taken_by_a_disk() -> None:
     code = (
         "import os, sys; from pyvirtio.cli.run import _fill_standard_fds; _fill_standard_fds();"
-        "print(*(os.readlink(f'/proc/self/fd/{fd}') for fd in (0, 1)), os.path.exists('/proc/self/fd/3'), file=sys.stderr)"
+        "print(*map(os.readlink, ('/proc/self/fd/0', '/proc/self/fd/1')), file=sys.stderr)"
     )
     closing = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
     done = subprocess.run([*closing, sys.executable, "-c", code], stderr=subprocess.PIPE, check=True, text=True)
-    assert done.stderr == "/dev/null /dev/null False\n"
+    assert done.stderr == "/dev/null /dev/null\n"
 
 
 def devices(capsys: pytest.CaptureFixture[str]) -> list[str]:
