@@ -30,19 +30,18 @@ Interface = Literal["modern", "legacy"]
 
 
 class Guest:
-    """A machine to plug devices into. RAM is two adjacent regions from 0 on and a third above 4 GiB.
+    """A machine to plug devices into. RAM is two adjacent regions from 0 on and, behind a hole, a third above 4 GiB.
 
     `ioeventfd` is what `plug` asks for unless it is told; None leaves it to the device.
     """
 
-    HIGH = 1 << 32
-    """Where the third region starts; between it and the second is a hole."""
-
-    def __init__(self, *, ioeventfd: bool | None = None, memory: int = 4 * MIB) -> None:
+    def __init__(self, *, ioeventfd: bool | None = None, memory: int = MIB) -> None:
         self.ioeventfd = ioeventfd
         self.border = memory // 2
         """Where the first region ends and the second begins."""
-        self.ram = [(0, self.border), (self.border, memory // 4), (self.HIGH, memory // 4)]
+        self.high = max(1 << 32, memory)
+        """Where the third region starts."""
+        self.ram = [(0, self.border), (self.border, memory // 4), (self.high, memory // 4)]
         self.memory = GuestMemory.allocate(self.ram)
         self.heap = Heap(0x1000, self.border)
         self.windows = {
@@ -115,24 +114,24 @@ class Guest:
     @contextmanager
     def only_writes(self, *ranges: Range) -> Iterator[None]:
         """Fail if any guest memory outside the ranges changes in the block."""
-        before = self._snapshot(ranges)
+        before = [self.memory.read(*region) for region in self.ram]
         yield
-        for (start, _), old, new in zip(self.ram, before, self._snapshot(ranges), strict=True):
+        for (start, size), old in zip(self.ram, before, strict=True):
+            new = self.memory.read(start, size)
             if old != new:
-                at = next(n for n, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-                raise AssertionError(f"guest memory at {start + at:#x} changed from {old[at]:#x} to {new[at]:#x}")
+                _compare(start, old, new, ranges)
 
-    def _snapshot(self, ranges: tuple[Range, ...]) -> list[bytearray]:
-        """All of guest RAM, with zeroes in the ranges."""
-        regions = []
-        for start, size in self.ram:
-            region = bytearray(self.memory.read(start, size))
-            for address, length in ranges:
-                low, high = max(address, start) - start, min(address + length, start + size) - start
-                if low < high:
-                    region[low:high] = bytes(high - low)
-            regions.append(region)
-        return regions
+
+def _compare(start: int, old: bytes, new: bytes, ranges: tuple[Range, ...]) -> None:
+    """`AssertionError` if two states of the memory at `start` differ outside the ranges."""
+    before, after = bytearray(old), bytearray(new)
+    for address, length in ranges:
+        low, high = max(address - start, 0), min(address + length - start, len(old))
+        if low < high:
+            before[low:high] = after[low:high] = bytes(high - low)
+    if before != after:
+        at = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+        raise AssertionError(f"guest memory at {start + at:#x} changed from {before[at]:#x} to {after[at]:#x}")
 
 
 class VirtioDriver:
