@@ -166,7 +166,7 @@ def test_every_request_ends_as_the_model_says(
     vq = blk.requestq
 
     @exploring
-    @budget(25)
+    @budget(20)
     @given(st.lists(cut_requests(), min_size=1, max_size=3), st.booleans())
     def explore(batch: list[tuple[Request, list[bytes], list[int]]], indirect: bool) -> None:
         model = Model(readonly=drive.readonly)
