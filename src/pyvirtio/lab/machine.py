@@ -28,7 +28,7 @@ FAILED = 125
 MODULES = ("virtio_pci", "virtiofs", "virtio_console", "overlay", "kvm_amd")
 USEFUL_MODULES = ("tun", "vhost_net")
 
-_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _MIB = 1 << 20
 
 
@@ -62,12 +62,13 @@ class Lab:
             stream = Stream(end_mark.encode(), output)
             reader, writer = os.pipe()
             stack.callback(os.close, reader)
+            unused_writer = stack.enter_context(open(writer, "wb", 0))
             console = stack.enter_context(_memory_file("console", b""))
             first_files = stack.enter_context(_memory_file("initrd", self._initrd(command, end_mark)))
             host_files = stack.enter_context(_host_files())
             arguments = self._qemu(host_files, first_files, console, writer)
             stack.enter_context(_process(arguments, console, (host_files, first_files, console, writer)))
-            os.close(writer)
+            unused_writer.close()
             if not stream.read(reader, time.monotonic() + self.timeout):
                 output(f"lab: timed out after {self.timeout:g} s\n".encode())
                 return TIMED_OUT
@@ -130,11 +131,11 @@ class Stream:
     def read(self, fd: int, deadline: float) -> bool:
         """Pass on what `fd` has until the status or the end of file; False if the deadline came first."""
         while self.status is None:
-            if not select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]:
-                return False
-            data = os.read(fd, 65536)
+            ready = select.select([fd], [], [], max(0, deadline - time.monotonic()))[0]
+            data = os.read(fd, 65536) if ready else b""
             if not data:
-                break
+                self._pass_on(self._held)  # what might have become the end mark
+                return bool(ready)
             self.feed(data)
         return True
 
