@@ -35,11 +35,14 @@ class Guest:
     `ioeventfd` is what `plug` asks for unless it is told; None leaves it to the device.
     """
 
-    def __init__(self, *, ioeventfd: bool | None = None, memory: int = MIB) -> None:
+    HIGH = 1 << 32
+    """Where the third region starts at the lowest."""
+
+    def __init__(self, *, ioeventfd: bool | None = None, memory: int = 4 * MIB) -> None:
         self.ioeventfd = ioeventfd
         self.border = memory // 2
         """Where the first region ends and the second begins."""
-        self.high = max(1 << 32, memory)
+        self.high = max(self.HIGH, memory)
         """Where the third region starts."""
         self.ram = [(0, self.border), (self.border, memory // 4), (self.high, memory // 4)]
         self.memory = GuestMemory.allocate(self.ram)
