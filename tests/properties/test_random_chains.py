@@ -20,8 +20,8 @@ from pyvirtio.testing.driver import VirtioDriver
 from pyvirtio.testing.queue import HANG
 from pyvirtio.testing.ring import INDIRECT, NEXT, WRITE, Desc, SplitRing
 
-BORDER, END = 2 << 20, 3 << 20
-"""Where the second region of guest RAM starts, and where a hole starts."""
+BORDER, END, HIGH = 2 << 20, 3 << 20, 4 << 30
+"""Where the second region of guest RAM starts, where a hole starts, and where the third region does."""
 ENTRY = struct.Struct("<QIHH")
 U32 = 2**32 - 1
 
@@ -143,10 +143,10 @@ addresses = st.one_of(
     st.integers(0x8000, 0x8400),
     st.integers(BORDER - 64, BORDER + 64),
     st.integers(END - 800, END - 600),
-    st.integers(Guest.HIGH, Guest.HIGH + 600),
+    st.integers(HIGH, HIGH + 600),
 )
 wild = st.one_of(
-    addresses, st.integers(0, 2**64 - 1), st.sampled_from([END - 1, END, Guest.HIGH - 1, 0xE000_0000, 2**64 - 1, 0])
+    addresses, st.integers(0, 2**64 - 1), st.sampled_from([END - 1, END, HIGH - 1, 0xE000_0000, 2**64 - 1, 0])
 )
 lengths = st.one_of(st.integers(1, 64), st.integers(0, 520), st.just(0))
 places = st.sampled_from(["address", "length", "flags", "next", "head", "jump"])

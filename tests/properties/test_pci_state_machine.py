@@ -1,0 +1,147 @@
+"""Any sequence of accesses to virtio-pci: registers, configuration space, BARs, kicks, resets, and I/O in between."""
+
+import errno
+import sys
+from typing import Any
+
+from exploring import budget, exploring
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from pci_explorer import Explorer
+
+SIZES = st.sampled_from([1, 2, 4])
+WIDE = st.sampled_from([1, 2, 4, 4, 8])
+WORDS = st.one_of(
+    st.sampled_from([0, 1, 2, 3, 7, 8, 0xFF, 0x1000, 0xFFFF, 0xFFFF_FFFF, 2**63, 2**64 - 1]),
+    st.integers(0, 64),
+    st.integers(0, 2**64 - 1),
+)
+QUEUES = st.one_of(st.integers(0, 3), st.integers(0, 0xFFFF))
+OFFSETS = st.one_of(
+    st.integers(0, 64), st.integers(0x1000, 0x1004), st.integers(0x2000, 0x2010), st.integers(0, 0xFFFF)
+)
+STATUSES = st.one_of(st.sampled_from([0, 1, 3, 7, 11, 15, 15, 15, 11, 0x80, 0x4F]), st.integers(0, 255))
+COMMANDS = st.one_of(st.sampled_from([7, 7, 7, 0x407, 3, 5, 6, 0]), st.integers(0, 0xFFFF))
+PROPERTIES = st.fixed_dictionaries(
+    {"ioeventfd": st.booleans()},
+    optional={
+        "disable_legacy": st.just(True),
+        "page_per_vq": st.just(True),
+        "modern_pio_notify": st.just(True),
+        "vectors": st.sampled_from([0, 1, 2, 70]),
+        "event_idx": st.just(False),
+        "indirect_desc": st.just(False),
+    },
+)
+REGISTERS = st.sampled_from(
+    [
+        "device_feature_select", "driver_feature_select", "driver_feature", "config_msix_vector", "queue_select",
+        "queue_size", "queue_msix_vector", "queue_enable", "queue_desc", "queue_driver", "queue_device",
+    ]
+)  # fmt: skip
+
+
+class PciStateMachine(RuleBasedStateMachine):
+    """The rules are what a guest and its user can do; the checks hold after each of them."""
+
+    explorer: Explorer
+
+    @initialize(properties=PROPERTIES)
+    def plug(self, properties: dict[str, Any]) -> None:
+        self.explorer = Explorer(properties)
+
+    # What a sound driver does.
+
+    @rule(legacy=st.booleans(), msix=st.booleans(), size=st.sampled_from([None, 2, 8]))
+    def start(self, legacy: bool, msix: bool, size: int | None) -> None:
+        self.explorer.start(legacy=legacy, msix=msix, size=size)
+
+    @rule(data=st.binary(max_size=40), index=st.integers(0, 2))
+    def add_and_kick(self, data: bytes, index: int) -> None:
+        self.explorer.add_and_kick(data, index)
+
+    @rule()
+    def finish_io(self) -> None:
+        self.explorer.finish_io()
+
+    @rule(on=st.booleans())
+    def flip_ioeventfd(self, on: bool) -> None:
+        self.explorer.function.ioeventfd = on
+
+    @rule(count=st.integers(0, 5), error=st.sampled_from([errno.ENOSPC, errno.EMFILE]))
+    def let_an_assign_fail(self, count: int, error: int) -> None:
+        self.explorer.let_assign_fail(count, error)
+
+    @rule(bar=st.integers(0, 4), place=st.integers(0, 9))
+    def move_bar(self, bar: int, place: int) -> None:
+        self.explorer.move_bar(bar, place)
+
+    @rule(command=COMMANDS)
+    def write_command(self, command: int) -> None:
+        self.explorer.write_config(4, 2, command)
+
+    @rule()
+    def function_level_reset(self) -> None:
+        self.explorer.function_level_reset()
+
+    # What any guest can do.
+
+    @rule(value=STATUSES, legacy=st.booleans())
+    def write_status(self, value: int, legacy: bool) -> None:
+        self.explorer.write_status(value, legacy=legacy)
+
+    @rule(name=REGISTERS, value=WORDS, ring=st.integers(0, 2))
+    def write_common(self, name: str, value: int, ring: int) -> None:
+        self.explorer.write_common(name, value, ring)
+
+    @rule(bar=st.integers(0, 4), offset=OFFSETS, size=WIDE, value=WORDS)
+    def write_bar(self, bar: int, offset: int, size: int, value: int) -> None:
+        self.explorer.write_bar(bar, offset, size, value)
+
+    @rule(bar=st.integers(0, 4), offset=OFFSETS, size=WIDE)
+    def read_bar(self, bar: int, offset: int, size: int) -> None:
+        assert 0 <= self.explorer.read_bar(bar, offset, size) < 1 << 8 * size
+
+    @rule(offset=st.integers(0, 255), size=SIZES, value=WORDS)
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self.explorer.write_config(offset, size, value)
+
+    @rule(offset=st.integers(0, 255), size=SIZES)
+    def read_config(self, offset: int, size: int) -> None:
+        assert 0 <= self.explorer.pci.read(offset, size) < 1 << 8 * size
+
+    @rule(bar=st.integers(0, 6), offset=OFFSETS, length=st.integers(0, 5), value=WORDS)
+    def write_window(self, bar: int, offset: int, length: int, value: int) -> None:
+        self.explorer.write_window(bar, offset, length, value)
+
+    @rule(bar=st.integers(0, 6), offset=OFFSETS, length=st.integers(0, 5))
+    def read_window(self, bar: int, offset: int, length: int) -> None:
+        self.explorer.read_window(bar, offset, length)
+
+    @rule(entry=st.integers(0, 3), word=st.integers(0, 3), value=st.sampled_from([0, 1, 0xFEE0_0000, 0xFFFF_FFFF]))
+    def write_msix_entry(self, entry: int, word: int, value: int) -> None:
+        self.explorer.write_bar(1, 16 * entry + 4 * word, 4, value)
+
+    @rule(control=st.sampled_from([0, 0x8000, 0x8000, 0xC000, 0x4000]))
+    def write_msix_control(self, control: int) -> None:
+        self.explorer.write_msix_control(control)
+
+    @rule(index=QUEUES, size=WIDE, way=st.sampled_from(["modern", "legacy", "pio", "window"]))
+    def notify(self, index: int, size: int, way: str) -> None:
+        self.explorer.notify(index, size, way)
+
+    # What holds after each of them.
+
+    @invariant()
+    def check(self) -> None:
+        self.explorer.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "explorer"):
+            failing = sys.exc_info()[0] is not None
+            self.explorer.close(failing)
+
+
+exploring(PciStateMachine)
+TestPciStateMachine = PciStateMachine.TestCase
+TestPciStateMachine.settings = budget(40, stateful_step_count=50)
