@@ -331,11 +331,18 @@ class Pieces(BlockBackend):
         return bytes((offset + n) % 251 for n in range(self.piece))
 
 
-@pytest.mark.parametrize("piece", [0, 1, 511, 513])
-def test_a_read_of_another_length_fails_the_request(guest: Guest, piece: int) -> None:
+@pytest.mark.parametrize("piece", [0, 1, 511])
+def test_a_short_read_fails_the_request(guest: Guest, piece: int) -> None:
     disk = Disk(guest.plug(Blk(Pieces(piece))))
     assert disk.submit(Kind.READ, room=512).wait() is Verdict.IOERR
     assert disk.driver.why_broken is None
+
+
+def test_a_backend_that_returns_too_much_has_a_defect(guest: Guest) -> None:
+    disk = Disk(guest.plug(Blk(Pieces(513))))
+    request = disk.submit(Kind.READ, room=512)
+    assert "513 bytes where 512" in disk.driver.wait_needs_reset()
+    assert not request.buffer.done
 
 
 def test_a_file_that_shrank_under_us_fails_the_read(guest: Guest, image: Path) -> None:
