@@ -9,12 +9,14 @@ from pyvirtio.backends.block import BlockBackend
 
 __all__ = [
     "BlkPlane",
+    "CallFd",
     "Chain",
     "DeviceState",
     "GuestMemory",
     "IoThread",
     "IrqLine",
     "Isr",
+    "Kick",
     "MsixVector",
     "Serial",
     "Vcpu",
@@ -89,6 +91,14 @@ class MsixVector:
     masked: bool
     pending: bool
     def signal(self) -> None: ...
+
+@final
+class CallFd:
+    """What a vhost-user front-end is told by: its eventfd, pipe or socket, duplicated and made non-blocking."""
+
+    def __new__(cls, fd: int) -> Self: ...
+    def signal(self) -> None:
+        """Write to it; never blocks."""
 
 @final
 class DeviceState:
@@ -187,6 +197,13 @@ class VirtQueue:
         A handler may stop its own queue: then nothing is waited for.
         """
     def set_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
+    def set_call(self, call: CallFd | None) -> None:
+        """Interrupt by writing to a front-end's fd, or not at all."""
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Go on in other guest memory with the ring at the same addresses; a chain that is out keeps the old one.
+
+        `GuestError` if the ring does not lie in it; then it stays where it is.
+        """
     def service(self) -> bool:
         """Serve what is available, on this thread, or leave it to the thread that serves already.
 
@@ -220,7 +237,15 @@ class IoThread:
     def close(self) -> None: ...
     def add(self, vq: VirtQueue) -> None:
         """Poll the queue's eventfd from now on. `OSError` if epoll refuses."""
+    def add_kick(self, vq: VirtQueue, fd: int) -> Kick:
+        """Serve a queue that was added also whenever `fd` is signalled, which is duplicated and never read."""
     def remove(self, vq: VirtQueue) -> None: ...
+
+@final
+class Kick:
+    """Somebody else's kick fd, polled by an I/O thread until it is closed."""
+
+    def close(self) -> None: ...
 
 @final
 class BlkPlane:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pyvirtio import _core
 from pyvirtio._core import DeviceState, GuestMemory, VirtQueue
-from pyvirtio.device import Device
+from pyvirtio.device import Device, Handler, Queue
 from pyvirtio.errors import ConfigError
 from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.properties import Range
@@ -46,6 +46,10 @@ class IoThread:
         vq.signal()
         return lambda: self.loop.remove(vq)
 
+    def poll_kick(self, vq: VirtQueue, fd: int) -> Undo:
+        """Serve a queue that is polled also whenever `fd` is signalled; it is duplicated and never read."""
+        return self.loop.add_kick(vq, fd).close
+
     def close(self) -> None:
         self.loop.close()
         self._thread.join()
@@ -60,6 +64,54 @@ class QueueSetup:
     avail: int = 0
     used: int = 0
     enabled: bool = False
+
+
+def declared_queues(device: Device, most: int = MAX_QUEUES) -> list[Queue]:
+    """The queues of a device; `ConfigError` for what no transport can offer."""
+    queues = device.queues
+    if not 1 <= len(queues) <= most:
+        kind, count = type(device).__name__, len(queues)
+        raise ConfigError(f"{device.name}: {kind} has {count} queues, allowed are 1 to {most}")
+    for q in queues:
+        if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
+            raise ConfigError(
+                f"{device.name}: {q.name} has size {q.size}; allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
+            )
+    return queues
+
+
+def start_ring(
+    vq: VirtQueue,
+    memory: GuestMemory,
+    handler: Handler,
+    setup: QueueSetup,
+    features: int,
+    *,
+    legacy: bool,
+    at: tuple[int, int],
+) -> None:
+    """Take a ring into use as the driver has set it up; `GuestError` if it cannot be one."""
+    vq.start(
+        memory,
+        handler,
+        size=setup.size,
+        desc=setup.desc,
+        avail=setup.avail,
+        used=setup.used,
+        event_idx=bool(features & Feature.EVENT_IDX),
+        indirect=bool(features & Feature.INDIRECT_DESC),
+        notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
+        next_avail=at[0],
+        next_used=at[1],
+    )
+
+
+def reset_device(device: Device) -> None:
+    """A defect of a user's device must not keep its driver from starting over."""
+    try:
+        device.reset()
+    except Exception:
+        log.exception("%s: the device failed to reset", device.name)
 
 
 class Dataplane:
@@ -81,25 +133,12 @@ class Dataplane:
         device.name = name
         self.device = device
         self.iothread = iothread
-        self._declared = device.queues
+        self._declared = declared_queues(device)
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
-        self.queues = self._make_queues()
+        self.queues = [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(self._declared)]
         self.notifiers = HostNotifiers(name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd)
         device.config_changed = self.state.notify_config
         self._active = False
-
-    def _make_queues(self) -> list[VirtQueue]:
-        queues = self._declared
-        if not 1 <= len(queues) <= MAX_QUEUES:
-            kind, count = type(self.device).__name__, len(queues)
-            raise ConfigError(f"{self.device.name}: {kind} has {count} queues, allowed are 1 to {MAX_QUEUES}")
-        for q in queues:
-            if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
-                raise ConfigError(
-                    f"{self.device.name}: {q.name} has size {q.size}; "
-                    f"allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
-                )
-        return [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(queues)]
 
     def start_queue(
         self,
@@ -115,19 +154,8 @@ class Dataplane:
 
         `at` is where to go on after a `pause`: the next avail and used index.
         """
-        self.queues[index].start(
-            memory,
-            self._declared[index].handler,
-            size=setup.size,
-            desc=setup.desc,
-            avail=setup.avail,
-            used=setup.used,
-            event_idx=bool(features & Feature.EVENT_IDX),
-            indirect=bool(features & Feature.INDIRECT_DESC),
-            notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
-            next_avail=at[0],
-            next_used=at[1],
-        )
+        handler = self._declared[index].handler
+        start_ring(self.queues[index], memory, handler, setup, features, legacy=legacy, at=at)
 
     def stop_queue(self, index: int) -> None:
         """Give one ring up (legacy QUEUE_PFN = 0); the notifiers go down and come back for the others."""
@@ -163,15 +191,8 @@ class Dataplane:
                 vq.stop()
         if self._active:
             self._active = False
-            self._reset_device()
+            reset_device(self.device)
         self.state.reset()
-
-    def _reset_device(self) -> None:
-        try:
-            self.device.reset()
-        except Exception:
-            # A defect of a user's device must not keep its driver from starting over.
-            log.exception("%s: the device failed to reset", self.device.name)
 
     def notify(self, index: int) -> None:
         """A notify that reached userspace; ignored for a queue that does not exist or has no ring."""

@@ -1,6 +1,8 @@
-//! Interrupts of a device: the ISR status with its INTx line, and MSI-X vectors over irqfd (virtio 1.3, 4.1.4.5, 4.1.5.1).
+//! Interrupts of a device: the ISR status with its INTx line, MSI-X vectors over irqfd (virtio 1.3, 4.1.4.5, 4.1.5.1),
+//! and the call fd of vhost-user.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -177,19 +179,55 @@ impl MsixVector {
     }
 }
 
-/// What tells the driver: the ISR status always, and a vector if one is assigned.
+/// A file descriptor of a vhost-user front-end that is written to instead of an interrupt: an eventfd, pipe or socket.
+pub struct CallFd(OwnedFd);
+
+impl CallFd {
+    /// Duplicates the fd. What it refers to, which the front-end shares, becomes non-blocking.
+    pub fn new(fd: RawFd) -> io::Result<Self> {
+        let fd = crate::sync::duplicate(fd)?;
+        // SAFETY: plain system calls on an fd of ours.
+        let set = unsafe {
+            let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+            flags >= 0 && libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) >= 0
+        };
+        if set {
+            Ok(Self(fd))
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Never blocks: where there is no room, the front-end has something to read already.
+    pub fn signal(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: writes 8 bytes of ours; the result says nothing that could be acted upon.
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+}
+
+/// What tells the driver.
 #[derive(Clone)]
-pub struct Interrupt {
-    pub isr: Arc<Isr>,
-    pub bits: u8,
-    pub vector: Option<Arc<MsixVector>>,
+pub enum Interrupt {
+    /// The ISR status always, and a vector if one is assigned.
+    Pci {
+        isr: Arc<Isr>,
+        bits: u8,
+        vector: Option<Arc<MsixVector>>,
+    },
+    Call(Arc<CallFd>),
 }
 
 impl Interrupt {
     pub fn signal(&self) {
-        self.isr.post(self.bits);
-        if let Some(vector) = &self.vector {
-            vector.signal();
+        match self {
+            Self::Pci { isr, bits, vector } => {
+                isr.post(*bits);
+                if let Some(vector) = vector {
+                    vector.signal();
+                }
+            }
+            Self::Call(call) => call.signal(),
         }
     }
 }

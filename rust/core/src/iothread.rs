@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::queue::VirtQueue;
-use crate::sync::EventFd;
+use crate::sync::{duplicate, EventFd};
 
 /// The first window that a growing one gets.
 const FIRST_WINDOW_NS: u64 = 4000;
@@ -24,13 +24,21 @@ const LOOKS_PER_POLL: u32 = 32;
 const EVENTS_PER_WAIT: usize = 64;
 const FOREVER: i32 = -1;
 
+/// What an event of the epoll set is for.
+enum Source {
+    /// The queue's own eventfd, which is read.
+    Own(Arc<VirtQueue>),
+    /// An fd that somebody else's kicks signal. Theirs to read and to make blocking, so it is never read.
+    Foreign(Arc<VirtQueue>),
+}
+
 pub struct IoThread {
     epoll: Epoll,
     wake: EventFd,
     closed: AtomicBool,
     window: Window,
     /// The polled queues by eventfd. Never locked while a queue is served.
-    sources: Mutex<HashMap<RawFd, Arc<VirtQueue>>>,
+    sources: Mutex<HashMap<RawFd, Source>>,
     /// Counts `remove`, so that the loop notices cheaply.
     removals: AtomicU64,
 }
@@ -59,7 +67,7 @@ impl IoThread {
         self.window.max_ns.store(ns, Ordering::Relaxed);
     }
 
-    fn sources(&self) -> MutexGuard<'_, HashMap<RawFd, Arc<VirtQueue>>> {
+    fn sources(&self) -> MutexGuard<'_, HashMap<RawFd, Source>> {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -67,8 +75,28 @@ impl IoThread {
     pub fn add(&self, vq: &Arc<VirtQueue>) -> io::Result<()> {
         let mut sources = self.sources();
         self.epoll.ctl(ControlOperation::Add, vq.kick_fd(), readable(vq.kick_fd()))?;
-        sources.insert(vq.kick_fd(), vq.clone());
+        sources.insert(vq.kick_fd(), Source::Own(vq.clone()));
         Ok(())
+    }
+
+    /// Serve the queue, which was added, also whenever `fd` is signalled; until the result is given to `remove_kick`.
+    pub fn add_kick(&self, vq: &Arc<VirtQueue>, fd: RawFd) -> io::Result<OwnedFd> {
+        let fd = duplicate(fd)?;
+        let raw = fd.as_raw_fd();
+        let mut sources = self.sources();
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(events, raw as u64))?;
+        sources.insert(raw, Source::Foreign(vq.clone()));
+        Ok(fd)
+    }
+
+    /// Close an fd of `add_kick`.
+    pub fn remove_kick(&self, fd: OwnedFd) {
+        let mut sources = self.sources();
+        sources.remove(&fd.as_raw_fd());
+        // By hand: the open file lives on with the front-end, and so would its place in the epoll set.
+        let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default());
+        drop(fd);
     }
 
     /// Stop polling the queue. A service that runs already may go on; kicks are switched on again after it.
@@ -104,6 +132,19 @@ impl IoThread {
             hot.serve(Duration::from_nanos(window))?;
         }
         Ok(())
+    }
+}
+
+impl Source {
+    /// The queue, if there is a kick to take.
+    fn kicked(&self) -> Option<Arc<VirtQueue>> {
+        match self {
+            Self::Own(vq) => vq.take_kick().then(|| vq.clone()),
+            Self::Foreign(vq) => {
+                vq.count_kick();
+                Some(vq.clone())
+            }
+        }
     }
 }
 
@@ -175,7 +216,7 @@ impl Hot<'_> {
         for event in &events[..count] {
             // Removed since, or the kick was taken by a detach: both are legal. Taken under the lock: after a
             // `remove` the kick belongs to whoever polls the eventfd then.
-            let vq = self.thread.sources().get(&event.fd()).filter(|vq| vq.take_kick()).cloned();
+            let vq = self.thread.sources().get(&event.fd()).and_then(Source::kicked);
             if let Some(vq) = vq {
                 self.add(vq);
             }

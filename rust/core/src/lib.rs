@@ -17,7 +17,7 @@ mod tsc;
 
 pub use chain::{Chain, ChainError};
 pub use device_state::DeviceState;
-pub use interrupt::{Interrupt, IrqLine, Isr, Line, MsixVector};
+pub use interrupt::{CallFd, Interrupt, IrqLine, Isr, Line, MsixVector};
 pub use iothread::IoThread;
 pub use memory::GuestMemory;
 pub use queue::{Handler, RingConfig, VirtQueue};

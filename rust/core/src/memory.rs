@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 use std::sync::Arc;
 
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileSlice};
 
+use crate::sync::duplicate;
 use crate::GuestError;
 
 /// One region as its owner described it, and where this process mapped it.
@@ -29,7 +30,7 @@ impl GuestMemory {
     pub fn new(regions: &[(u64, u64, RawFd, u64)]) -> io::Result<Self> {
         let mut mapped = regions
             .iter()
-            .map(|&(address, size, fd, offset)| map(address, size, duplicate(fd)?, offset))
+            .map(|&(address, size, fd, offset)| map(address, size, duplicate(fd)?.into(), offset))
             .collect::<io::Result<Vec<_>>>()?;
         mapped.sort_by_key(GuestMemoryRegion::start_addr);
         if let Some(pair) = mapped.windows(2).find(|pair| pair[0].last_addr() >= pair[1].start_addr()) {
@@ -173,15 +174,6 @@ fn map(address: u64, size: u64, file: File, offset: u64) -> io::Result<GuestRegi
     })?;
     GuestRegionMmap::new(mapping, GuestAddress(address))
         .ok_or_else(|| invalid(format!("{region} passes the end of the address space")))
-}
-
-fn duplicate(fd: RawFd) -> io::Result<File> {
-    if fd < 0 {
-        return Err(io::Error::from_raw_os_error(libc::EBADF));
-    }
-    // SAFETY: borrowed for this call only; the kernel refuses an fd that is not open.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    borrowed.try_clone_to_owned().map(File::from)
 }
 
 fn invalid(message: String) -> io::Error {

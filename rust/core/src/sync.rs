@@ -1,5 +1,8 @@
 //! The primitives of the notification protocol: the standard library's, or loom's when the model is built.
 
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+
 #[cfg(loom)]
 pub use loom::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU64, AtomicU8, Ordering};
 #[cfg(loom)]
@@ -13,6 +16,15 @@ pub use std::sync::{Condvar, Mutex};
 pub use self::model::EventFd;
 #[cfg(not(loom))]
 pub use self::real::EventFd;
+
+/// An fd of our own for the same open file; it is closed on exec.
+pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: borrowed for this call only; the kernel refuses an fd that is not open.
+    unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
+}
 
 #[cfg(not(loom))]
 mod real {

@@ -125,7 +125,24 @@ impl MsixVector {
     }
 }
 
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct CallFd {
+    pub inner: Arc<interrupt::CallFd>,
+}
+
+#[pymethods]
+impl CallFd {
+    #[new]
+    fn new(fd: RawFd) -> PyResult<Self> {
+        interrupt::CallFd::new(fd).map(|inner| Self { inner: Arc::new(inner) }).map_err(os_error)
+    }
+
+    fn signal(&self) {
+        self.inner.signal();
+    }
+}
+
 /// What a queue or a device signals.
 pub fn interrupt(isr: &Isr, bits: u8, vector: Option<&MsixVector>) -> Interrupt {
-    Interrupt { isr: isr.inner.clone(), bits, vector: vector.map(|vector| vector.inner.clone()) }
+    Interrupt::Pci { isr: isr.inner.clone(), bits, vector: vector.map(|vector| vector.inner.clone()) }
 }

@@ -1,19 +1,24 @@
 //! `IoThread`.
 
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
 use pyo3::prelude::*;
 
 use crate::errors::os_error;
 use crate::queue::VirtQueue;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
-pub struct IoThread(pyvirtio_core::IoThread);
+pub struct IoThread(Arc<pyvirtio_core::IoThread>);
 
 #[pymethods]
 impl IoThread {
     #[new]
     #[pyo3(signature = (*, poll_max_ns = 32768, poll_grow = 0, poll_shrink = 0))]
     fn new(poll_max_ns: u64, poll_grow: u64, poll_shrink: u64) -> PyResult<Self> {
-        pyvirtio_core::IoThread::new(poll_max_ns, poll_grow, poll_shrink).map(Self).map_err(os_error)
+        pyvirtio_core::IoThread::new(poll_max_ns, poll_grow, poll_shrink)
+            .map(|inner| Self(Arc::new(inner)))
+            .map_err(os_error)
     }
 
     #[getter]
@@ -38,7 +43,34 @@ impl IoThread {
         self.0.add(&vq.inner).map_err(os_error)
     }
 
+    fn add_kick(&self, vq: &VirtQueue, fd: RawFd) -> PyResult<Kick> {
+        let fd = self.0.add_kick(&vq.inner, fd).map_err(os_error)?;
+        Ok(Kick { thread: self.0.clone(), fd: Mutex::new(Some(fd)) })
+    }
+
     fn remove(&self, vq: &VirtQueue) {
         self.0.remove(&vq.inner);
+    }
+}
+
+/// A foreign kick fd in the epoll set of an I/O thread.
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct Kick {
+    thread: Arc<pyvirtio_core::IoThread>,
+    fd: Mutex<Option<OwnedFd>>,
+}
+
+#[pymethods]
+impl Kick {
+    fn close(&self) {
+        if let Some(fd) = self.fd.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.thread.remove_kick(fd);
+        }
+    }
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        self.close();
     }
 }

@@ -24,9 +24,9 @@ mod _core {
     #[pymodule_export]
     use crate::device_state::DeviceState;
     #[pymodule_export]
-    use crate::interrupt::{IrqLine, Isr, MsixVector};
+    use crate::interrupt::{CallFd, IrqLine, Isr, MsixVector};
     #[pymodule_export]
-    use crate::iothread::IoThread;
+    use crate::iothread::{IoThread, Kick};
     #[pymodule_export]
     use crate::kvm::{supported, Serial, Vcpu, Vm};
     #[pymodule_export]

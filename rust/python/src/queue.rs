@@ -6,13 +6,13 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
 use pyvirtio_core::interrupt::ISR_QUEUE;
-use pyvirtio_core::RingConfig;
+use pyvirtio_core::{Interrupt, RingConfig};
 
 use crate::chain::Chain;
 use crate::device_state::DeviceState;
 use crate::errors::{guest_error, os_error};
 use crate::handler::handler;
-use crate::interrupt::{interrupt, Isr, MsixVector};
+use crate::interrupt::{interrupt, CallFd, Isr, MsixVector};
 use crate::memory::GuestMemory;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
@@ -96,6 +96,15 @@ impl VirtQueue {
     #[pyo3(signature = (isr, vector))]
     fn set_interrupt(&self, isr: &Isr, vector: Option<&MsixVector>) {
         self.inner.set_interrupt(Some(interrupt(isr, ISR_QUEUE, vector)));
+    }
+
+    #[pyo3(signature = (call))]
+    fn set_call(&self, call: Option<&CallFd>) {
+        self.inner.set_interrupt(call.map(|call| Interrupt::Call(call.inner.clone())));
+    }
+
+    fn set_memory(&self, memory: &GuestMemory) -> PyResult<()> {
+        self.inner.set_memory(&memory.inner).map_err(guest_error)
     }
 
     fn service(&self, py: Python<'_>) -> bool {

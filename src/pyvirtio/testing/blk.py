@@ -6,8 +6,7 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-from pyvirtio.testing.driver import VirtioDriver
-from pyvirtio.testing.queue import Buffer, Queue
+from pyvirtio.testing.queue import Buffer, Driver, Queue
 
 SECTOR = 512
 
@@ -56,7 +55,7 @@ class Request:
 class Disk:
     """A disk as its driver sees it: `read`, `write` and so on wait, and raise `OSError` unless the verdict is OK."""
 
-    def __init__(self, driver: VirtioDriver) -> None:
+    def __init__(self, driver: Driver) -> None:
         self.driver = driver
         queues = driver.requestq
         self.queues: list[Queue] = queues if isinstance(queues, list) else [queues]

@@ -17,7 +17,7 @@ from pyvirtio.device import Device
 from pyvirtio.spec import Feature, Status
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.pci import MSIX, Msix, Pci, Window
-from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, Range, sleep_on
+from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, Range, queue_named, sleep_on
 from pyvirtio.testing.registers import Legacy, Modern
 from pyvirtio.testing.ring import SplitRing
 from pyvirtio.transports.pci import VirtioPci
@@ -171,14 +171,20 @@ class VirtioDriver:
         return Legacy(self.pci, layout, msix=False)
 
     def __getattr__(self, name: str) -> Any:
-        """The queue with this name in the specification, or the list of those that are numbered."""
-        named = {queue.name: queue for queue in self.__dict__.get("queues", [])}
-        if name in named:
-            return named[name]
-        numbered = [queue for queue in named.values() if queue.name.rstrip("0123456789") == name]
-        if not numbered:
-            raise AttributeError(name)
-        return numbered
+        return queue_named(self.__dict__.get("queues", []), name)
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.guest.memory
+
+    @property
+    def heap(self) -> Heap:
+        return self.guest.heap
+
+    def notify(self, index: int, size: int) -> None:
+        """What a vCPU does for `Queue.notify`."""
+        window, offset = self.notifiers[index]
+        window.write(offset, size, index)
 
     @property
     def common(self) -> Any:
@@ -253,13 +259,7 @@ class VirtioDriver:
         return queue
 
     def make_ring(self, size: int) -> SplitRing:
-        """A zeroed ring of the legacy layout, which is a valid modern one too."""
-        desc_bytes, avail_bytes, used_bytes = SplitRing.sizes(size)
-        used_at = (desc_bytes + avail_bytes + 4095) & ~4095
-        desc = self.guest.heap.allocate(max(4096, used_at + used_bytes))
-        self.guest.memory.write(desc, bytes(used_at + used_bytes))
-        event_idx = bool(self.features & Feature.EVENT_IDX)
-        return SplitRing(self.guest.memory, size, desc, desc + desc_bytes, desc + used_at, event_idx=event_idx)
+        return SplitRing.allocate(self.memory, self.heap, size, event_idx=bool(self.features & Feature.EVENT_IDX))
 
     def _intx(self) -> Intx:
         return Intx(self.guest.accel.lines[self.pci.slot], lambda: self.registers.read_isr())

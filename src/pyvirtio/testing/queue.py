@@ -6,15 +6,12 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from pyvirtio._core import GuestMemory, IrqLine
 from pyvirtio.accel.inproc import InProcess
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing, linked
-
-if TYPE_CHECKING:
-    from pyvirtio.testing.driver import VirtioDriver
 
 HANG = 10.0
 """Seconds after which a wait counts as a hang; nothing that works takes a hundredth of it."""
@@ -35,6 +32,23 @@ class Interrupts(Protocol):
     def fds(self) -> list[int]: ...
     def take(self) -> bool:
         """Take what has arrived; return whether there was anything."""
+
+
+class Driver(Protocol):
+    """What a queue needs of its driver. The attributes that it does not name are its queues."""
+
+    name: str
+
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def heap(self) -> Heap: ...
+    @property
+    def config_source(self) -> Interrupts: ...
+    def notify(self, index: int, size: int) -> None: ...
+    def take_interrupts(self) -> bool: ...
+    def check(self) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class Msi:
@@ -71,6 +85,17 @@ class Intx:
         self.count += isr & 1
         self.config_count += isr >> 1 & 1
         return True
+
+
+def queue_named(queues: Sequence[Queue], name: str) -> Queue | list[Queue]:
+    """The queue with this name in the specification, or the list of those that are numbered."""
+    named = {queue.name: queue for queue in queues}
+    if name in named:
+        return named[name]
+    numbered = [queue for queue in queues if queue.name.rstrip("0123456789") == name]
+    if not numbered:
+        raise AttributeError(name)
+    return numbered
 
 
 def sleep_on(fds: Iterable[int], seconds: float) -> bool:
@@ -127,11 +152,11 @@ class Queue:
     looked at after an interrupt only, so a lost interrupt is a hang, unless `polling`.
     """
 
-    def __init__(self, driver: VirtioDriver, index: int, name: str, ring: SplitRing, interrupts: Interrupts) -> None:
+    def __init__(self, driver: Driver, index: int, name: str, ring: SplitRing, interrupts: Interrupts) -> None:
         self.driver, self.index, self.name, self.ring = driver, index, name, ring
         self.source = interrupts
-        self.memory: GuestMemory = driver.guest.memory
-        self.heap: Heap = driver.guest.heap
+        self.memory: GuestMemory = driver.memory
+        self.heap: Heap = driver.heap
         self.indirect = False
         self.polling = False
         self.pending: dict[int, Buffer] = {}
@@ -180,8 +205,7 @@ class Queue:
 
     def notify(self, size: int = 2) -> None:
         """Write the queue's number to its notify register, as a vCPU does; with another width, or at any time."""
-        window, offset = self.driver.notifiers[self.index]
-        window.write(offset, size, self.index)
+        self.driver.notify(self.index, size)
 
     @property
     def interrupts(self) -> int:

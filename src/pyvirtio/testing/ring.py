@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 from pyvirtio._core import GuestMemory
+from pyvirtio.testing.heap import Heap
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1
@@ -78,6 +79,15 @@ class SplitRing:
         self._published = 0
         self._free = list(reversed(range(size)))
         self._chains: dict[int, list[int]] = {}
+
+    @classmethod
+    def allocate(cls, memory: GuestMemory, heap: Heap, size: int, *, event_idx: bool = False) -> SplitRing:
+        """A zeroed ring of the legacy layout, which is a valid modern one too."""
+        desc_bytes, avail_bytes, used_bytes = cls.sizes(size)
+        used_at = (desc_bytes + avail_bytes + 4095) & ~4095
+        desc = heap.allocate(max(4096, used_at + used_bytes))
+        memory.write(desc, bytes(used_at + used_bytes))
+        return cls(memory, size, desc, desc + desc_bytes, desc + used_at, event_idx=event_idx)
 
     @staticmethod
     def sizes(size: int) -> tuple[int, int, int]:

@@ -139,6 +139,15 @@ impl VirtQueue {
         active.map_or((0, 0), |active| active.ring.position())
     }
 
+    /// Go on in other guest memory, with the ring at the same addresses; a chain that is out keeps the old one.
+    pub fn set_memory(&self, memory: &GuestMemory) -> Result<(), GuestError> {
+        let named = |error| GuestError(format!("{}: {error}", self.name));
+        match self.active().as_mut() {
+            Some(active) => active.ring.set_memory(memory.clone()).map_err(named),
+            None => Ok(()),
+        }
+    }
+
     fn is_server(&self) -> bool {
         self.server.load(Ordering::Relaxed) == this_thread()
     }
@@ -246,6 +255,12 @@ impl VirtQueue {
 
     pub fn kick_fd(&self) -> RawFd {
         self.doorbell.kick.as_raw_fd()
+    }
+
+    /// Count a kick that came through an fd of somebody else.
+    pub fn count_kick(&self) {
+        self.counters.kicks.add(1);
+        self.counters.wakeups.add(1);
     }
 
     /// Clear the eventfd for the I/O thread; false if it was not signalled.

@@ -20,6 +20,8 @@ struct Areas {
     avail: *const AtomicU16,
     used: *const AtomicU32,
     size: u16,
+    /// Guest addresses of the three.
+    at: [u64; 3],
 }
 
 // SAFETY: the pointers lead to shared memory that is only accessed atomically.
@@ -28,6 +30,24 @@ unsafe impl Send for Areas {}
 unsafe impl Sync for Areas {}
 
 impl Areas {
+    fn new(memory: GuestMemory, size: u16, at: [u64; 3]) -> Result<Self, GuestError> {
+        let bytes = u64::from(size);
+        let (desc, avail, used) = ((at[0], bytes * DESC_SIZE), (at[1], 6 + 2 * bytes), (at[2], 6 + 8 * bytes));
+        check_areas([("descriptor table", desc, 16), ("avail ring", avail, 2), ("used ring", used, 4)])?;
+        let areas = Self {
+            desc: memory.host(desc.0, desc.1)?.cast(),
+            avail: memory.host(avail.0, avail.1)?.cast(),
+            used: memory.host(used.0, used.1)?.cast(),
+            memory,
+            size,
+            at,
+        };
+        if !areas.desc.is_aligned() || !areas.avail.is_aligned() || !areas.used.is_aligned() {
+            return Err(GuestError("the ring lies in memory that is mapped unaligned".into()));
+        }
+        Ok(areas)
+    }
+
     /// The avail ring in 16-bit words: flags, idx, ring[size], used_event.
     fn avail(&self, word: usize) -> &AtomicU16 {
         debug_assert!(word < 3 + usize::from(self.size));
@@ -93,24 +113,17 @@ pub struct SplitRing {
 
 impl SplitRing {
     pub fn new(memory: GuestMemory, config: &RingConfig) -> Result<Self, GuestError> {
-        let size = config.size;
-        let bytes = u64::from(size);
-        let (desc, avail, used) =
-            ((config.desc, bytes * DESC_SIZE), (config.avail, 6 + 2 * bytes), (config.used, 6 + 8 * bytes));
-        check_areas([("descriptor table", desc, 16), ("avail ring", avail, 2), ("used ring", used, 4)])?;
-        let areas = Areas {
-            desc: memory.host(desc.0, desc.1)?.cast(),
-            avail: memory.host(avail.0, avail.1)?.cast(),
-            used: memory.host(used.0, used.1)?.cast(),
-            memory,
-            size,
-        };
-        if !areas.desc.is_aligned() || !areas.avail.is_aligned() || !areas.used.is_aligned() {
-            return Err(GuestError("the ring lies in memory that is mapped unaligned".into()));
-        }
-        let indexes =
-            Indexes::new(areas, size, config.event_idx, config.notify_on_empty, config.next_avail, config.next_used);
+        let RingConfig { size, event_idx, notify_on_empty, next_avail, next_used, .. } = *config;
+        let areas = Areas::new(memory, size, [config.desc, config.avail, config.used])?;
+        let indexes = Indexes::new(areas, size, event_idx, notify_on_empty, next_avail, next_used);
         Ok(Self { indexes, indirect: config.indirect })
+    }
+
+    /// Go on in other guest memory, at the same addresses.
+    pub fn set_memory(&mut self, memory: GuestMemory) -> Result<(), GuestError> {
+        let areas = &mut self.indexes.cells;
+        *areas = Areas::new(memory, areas.size, areas.at)?;
+        Ok(())
     }
 
     pub fn size(&self) -> u16 {

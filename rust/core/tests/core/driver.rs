@@ -58,8 +58,8 @@ impl Driver {
         let vector = Arc::new(MsixVector::new().unwrap());
         let config_vector = Arc::new(MsixVector::new().unwrap());
         let vq = Arc::new(VirtQueue::new(state.clone(), "requestq".into(), 0, 256).unwrap());
-        vq.set_interrupt(Some(Interrupt { isr: isr.clone(), bits: ISR_QUEUE, vector: Some(vector.clone()) }));
-        let config_interrupt = Interrupt { isr, bits: ISR_CONFIG, vector: Some(config_vector.clone()) };
+        vq.set_interrupt(Some(Interrupt::Pci { isr: isr.clone(), bits: ISR_QUEUE, vector: Some(vector.clone()) }));
+        let config_interrupt = Interrupt::Pci { isr, bits: ISR_CONFIG, vector: Some(config_vector.clone()) };
         state.set_config_interrupt(Some(config_interrupt));
         state.set_driver_ok(true);
         let config =

@@ -1,0 +1,1 @@
+"""Devices served to the virtual machine monitors of others."""

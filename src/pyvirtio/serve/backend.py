@@ -1,0 +1,110 @@
+"""The device's side of a vhost-user session: its vrings, the guest memory, and whether it is active."""
+
+import logging
+from collections.abc import Callable
+
+from pyvirtio._core import CallFd, DeviceState, VirtQueue
+from pyvirtio.dataplane import IoThread, declared_queues, reset_device
+from pyvirtio.device import Device
+from pyvirtio.errors import GuestError
+from pyvirtio.serve.memory import MemoryTable
+from pyvirtio.serve.vring import Vring, call_fd
+from pyvirtio.serve.wire import PROTOCOL_FEATURES
+
+MAX_VRINGS = 256
+"""The protocol has 8 bits for an index where a file descriptor comes with it."""
+
+log = logging.getLogger("pyvirtio")
+
+
+def _broken(name: str, errs: dict[int, CallFd]) -> Callable[[str], None]:
+    """What to do when the device breaks, on any thread. No method: the state would keep its session alive."""
+
+    def tell(reason: str) -> None:
+        log.error("%s: needs a reset: %s", name, reason)
+        for err in list(errs.values()):
+            err.signal()
+
+    return tell
+
+
+class Backend:
+    """Runs the rings of a device that are ready. A change sets what it concerns and settles; one thread does so."""
+
+    def __init__(self, device: Device, iothread: IoThread) -> None:
+        self.device = device
+        self.features = 0
+        self.table = MemoryTable()
+        self._errs: dict[int, CallFd] = {}
+        self.state = DeviceState(device.name, _broken(device.name, self._errs))
+        queues = declared_queues(device, MAX_VRINGS)
+        self.vrings = [
+            Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothread) for index, q in enumerate(queues)
+        ]
+        self._activated: int | None = None
+        """The features that the device was activated with."""
+
+    def settle(self) -> None:
+        """Run the rings that are ready, and no others. Calling it twice changes nothing."""
+        for vring in self.vrings:
+            if not vring.ready:
+                vring.stop()
+        for vring in self.vrings:
+            if vring.ready and not vring.running:
+                try:
+                    self._activate()
+                    vring.start(self.table, self.features)
+                except GuestError as error:
+                    vring.addresses = None
+                    self.state.fail(f"{vring.vq.name}: {error}")
+                    raise
+
+    def memory_changed(self) -> None:
+        for vring in self.vrings:
+            try:
+                vring.set_memory(self.table.memory)
+            except GuestError as error:
+                self.state.fail(f"{vring.vq.name} lost its memory: {error}")
+        self.settle()
+
+    def set_err(self, index: int, fd: int | None) -> None:
+        """Where to tell that the device is broken; the fd is duplicated."""
+        if call := call_fd(fd):
+            self._errs[index] = call
+        else:
+            self._errs.pop(index, None)
+
+    def recover(self) -> None:
+        """A device of which no ring runs any more is whole again: nothing is left of what broke it."""
+        if not any(vring.running for vring in self.vrings):
+            self.state.reset()
+
+    def reset(self) -> None:
+        """The driver has reset the device."""
+        for vring in self.vrings:
+            vring.stop()
+            vring.enabled, vring.base = False, 0
+            vring.close_kick()
+        self._reset_device()
+
+    def close(self) -> None:
+        """The front-end is gone: give up all that came from it."""
+        for vring in self.vrings:
+            vring.close()
+        self._reset_device()
+
+    def _activate(self) -> None:
+        """Tell the device what was agreed, before its first ring runs; anew if a driver agrees on something else."""
+        features = self.features & ~PROTOCOL_FEATURES
+        if self._activated == features or any(vring.running for vring in self.vrings):
+            return
+        self._reset_device()
+        self._activated = features
+        self.device.activate(features)
+
+    def _reset_device(self) -> None:
+        """No ring runs."""
+        if self._activated is not None:
+            self._activated = None
+            reset_device(self.device)
+        self.state.reset()

@@ -1,0 +1,96 @@
+"""The memory table of a front-end: which of its files are guest memory, and where it has mapped them itself."""
+
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pyvirtio._core import GuestMemory
+from pyvirtio.errors import GuestError, ProtocolError
+
+MAX_SLOTS = 64
+END = 1 << 64
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of guest memory. `user` is its address in the front-end's process, in which rings are described."""
+
+    guest: int
+    size: int
+    user: int
+    offset: int
+
+    def check(self, fd: int) -> None:
+        if not self.size:
+            raise ProtocolError(f"{self}: it is empty")
+        if max(self.guest, self.user, self.offset) + self.size > END:
+            raise ProtocolError(f"{self}: it passes the end of the address space")
+        file = os.fstat(fd)
+        if not stat.S_ISREG(file.st_mode):
+            raise ProtocolError(f"{self}: its file descriptor is not a file's")
+        if self.offset + self.size > file.st_size:
+            raise ProtocolError(f"{self}: it passes the end of its file ({file.st_size:#x} bytes)")
+
+    def overlaps(self, other: "Region") -> bool:
+        return any(
+            a < b + other.size and b < a + self.size for a, b in ((self.guest, other.guest), (self.user, other.user))
+        )
+
+    def __str__(self) -> str:
+        return f"memory region of {self.size:#x} bytes at {self.guest:#x}"
+
+
+class MemoryTable:
+    """The regions that a front-end has given us, and the guest memory that they make up.
+
+    A change makes a new `memory`; who uses the old one may go on with it. The fds are duplicated.
+    """
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory([])
+        self._regions: list[Region] = []
+
+    def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
+        """All regions at once. `ProtocolError` for what cannot be, and then nothing has changed."""
+        for index, (region, fd) in enumerate(zip(regions, fds, strict=True)):
+            _check_new(region, fd, regions[:index])
+        self._map(regions, fds)
+
+    def add(self, region: Region, fd: int) -> None:
+        if len(self._regions) >= MAX_SLOTS:
+            raise ProtocolError(f"{region}: all {MAX_SLOTS} slots are in use")
+        _check_new(region, fd, self._regions)
+        self._map([*self._regions, region], [*self._fds(self._regions), fd])
+
+    def remove(self, guest: int, size: int, user: int) -> None:
+        kept = [r for r in self._regions if (r.guest, r.size, r.user) != (guest, size, user)]
+        if len(kept) == len(self._regions):
+            raise ProtocolError(f"memory region of {size:#x} bytes at {guest:#x}: there is none to remove")
+        self._map(kept, self._fds(kept))
+
+    def translate(self, user: int) -> int:
+        """The guest address of an address in the front-end's process."""
+        for region in self._regions:
+            if region.user <= user < region.user + region.size:
+                return user - region.user + region.guest
+        raise GuestError(f"ring address {user:#x} lies in no memory region of the front-end")
+
+    def _fds(self, regions: Iterable[Region]) -> list[int]:
+        """Those that the present memory keeps."""
+        fds = {guest: fd for guest, _, fd, _ in self.memory.regions}
+        return [fds[region.guest] for region in regions]
+
+    def _map(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
+        try:
+            self.memory = GuestMemory([(r.guest, r.size, fd, r.offset) for r, fd in zip(regions, fds, strict=True)])
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"the memory cannot be mapped: {error}") from error
+        self._regions = list(regions)
+
+
+def _check_new(region: Region, fd: int, others: Iterable[Region]) -> None:
+    region.check(fd)
+    for other in others:
+        if region.overlaps(other):
+            raise ProtocolError(f"{region} overlaps the one at {other.guest:#x}")

@@ -1,0 +1,121 @@
+"""One virtqueue as a vhost-user front-end sets it up: its vring with kick, call and err file descriptors."""
+
+import logging
+import os
+import time
+from contextlib import ExitStack
+
+from pyvirtio._core import CallFd, GuestMemory, VirtQueue
+from pyvirtio.dataplane import IoThread, QueueSetup, start_ring
+from pyvirtio.device import Handler
+from pyvirtio.errors import ProtocolError
+from pyvirtio.serve.memory import MemoryTable
+from pyvirtio.spec import Feature
+
+DRAIN = 1.0
+"""Seconds that a stop waits for the chains which the device still holds."""
+
+log = logging.getLogger("pyvirtio")
+
+
+class Vring:
+    """What the front-end has said about a queue; it runs while all of it is there.
+
+    `start` and `stop` may be called at any time; the session does, after each change. Not thread-safe.
+    """
+
+    def __init__(self, vq: VirtQueue, handler: Handler, iothread: IoThread) -> None:
+        self.vq = vq
+        self.handler = handler
+        self.iothread = iothread
+        self.size = vq.max_size
+        self.base = 0
+        """The next avail index: where to go on, or where it stopped."""
+        self.addresses: tuple[int, int, int] | None = None
+        """Of descriptor table, avail ring and used ring, in the front-end's process."""
+        self.enabled = False
+        self.polled = False
+        """The front-end sends no kicks: the ring is looked at all the time."""
+        self._kick: int | None = None
+        self._polling: ExitStack | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._polling is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the front-end wants it served."""
+        return self.enabled and self.addresses is not None and (self.polled or self._kick is not None)
+
+    def set_kick(self, fd: int | None) -> None:
+        """From now on kicks come through `fd`, which is the vring's now; None means that they do not come at all."""
+        self.close_kick()
+        self._kick = fd
+        self.polled = fd is None
+
+    def close_kick(self) -> None:
+        """The ring must have been stopped."""
+        self.polled = False
+        if self._kick is not None:
+            os.close(self._kick)
+            self._kick = None
+
+    def set_call(self, fd: int | None) -> None:
+        """From now on the driver is interrupted through `fd`, which is duplicated."""
+        call = call_fd(fd)
+        self.vq.set_call(call)
+        if call and self.running:
+            call.signal()  # what was meant for the fd before it may have been lost
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Go on in other memory; `GuestError` if the ring does not lie in it."""
+        if self.running:
+            self.vq.set_memory(memory)
+
+    def start(self, table: MemoryTable, features: int) -> None:
+        """Serve it from now on. `GuestError` if there can be no such ring, `ProtocolError` if the kick is none."""
+        if self.running or self.addresses is None:
+            return
+        desc, avail, used = map(table.translate, self.addresses)
+        next_used = table.memory.load16(used + 2)  # the protocol does not tell it
+        setup = QueueSetup(self.size, desc, avail, used)
+        legacy = not features & Feature.VERSION_1
+        start_ring(self.vq, table.memory, self.handler, setup, features, legacy=legacy, at=(self.base, next_used))
+        try:
+            with ExitStack() as undo:
+                self.vq.attach()
+                undo.callback(self.vq.detach)
+                undo.callback(self.iothread.poll(self.vq))
+                if self._kick is not None:
+                    undo.callback(self.iothread.poll_kick(self.vq, self._kick))
+                self._polling = undo.pop_all()
+        except OSError as error:
+            self.vq.stop()
+            raise ProtocolError(f"{self.vq.name}: kick fd: {error.strerror}") from error
+
+    def stop(self, drain: float = DRAIN) -> None:
+        """Take nothing more, wait up to `drain` seconds for what the device holds; `base` is where to go on."""
+        polling, self._polling = self._polling, None
+        if polling is None:
+            return
+        polling.close()
+        deadline = time.monotonic() + drain
+        while self.vq.in_flight and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self.vq.in_flight and drain:
+            log.warning("%s: stopped with %d requests in flight", self.vq.name, self.vq.in_flight)
+        self.base, _ = self.vq.stop()
+
+    def close(self) -> None:
+        """The front-end is gone."""
+        self.stop(drain=0)
+        self.close_kick()
+        self.vq.set_call(None)
+
+
+def call_fd(fd: int | None) -> CallFd | None:
+    try:
+        return None if fd is None else CallFd(fd)
+    except OSError as error:
+        raise ProtocolError(f"call fd: {error.strerror}") from error

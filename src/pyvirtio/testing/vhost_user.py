@@ -1,0 +1,231 @@
+"""The front-end of vhost-user in a test: what a VMM and the driver in its guest do, over the real socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pyvirtio._core import GuestMemory
+from pyvirtio.serve import wire
+from pyvirtio.serve.wire import Flag, Request
+from pyvirtio.spec import Feature
+from pyvirtio.testing.heap import Heap
+from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Queue, queue_named, sleep_on
+from pyvirtio.testing.ring import SplitRing
+
+MIB = 1 << 20
+USER = 0x7F00_0000_0000
+"""Where the front-end says that it has mapped guest address 0."""
+
+
+class Hangup(Exception):
+    """The back-end closed the connection."""
+
+
+class Eventfd:
+    """The call or err fd of a vring."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.count = self.config_count = 0
+
+    def fds(self) -> list[int]:
+        return [self.fd]
+
+    def take(self) -> bool:
+        taken = os.eventfd_read(self.fd) if sleep_on([self.fd], 0) else 0
+        self.count += taken
+        return taken > 0
+
+
+class Connection:
+    """One message after another, well-formed or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(HANG)
+        self.socket.connect(str(path))
+
+    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> None:
+        self.send_bytes(wire.pack(request, payload, flags), fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        try:
+            sent = socket.send_fds(self.socket, [data], fds)
+            if sent < len(data):
+                self.socket.sendall(data[sent:])
+        except ConnectionError as error:
+            raise Hangup from error
+
+    def reply(self) -> bytes:
+        """The payload of the next reply."""
+        head = self._read(wire.HEADER.size)
+        return self._read(wire.HEADER.unpack(head)[2])
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                piece = self.socket.recv(size - len(data))
+            except ConnectionError as error:
+                raise Hangup from error
+            if not piece:
+                raise Hangup
+            data += piece
+        return data
+
+    def ask(self, request: int, payload: bytes = b"") -> bytes:
+        """Send a request that has a reply of its own; return it."""
+        self.send(request, payload)
+        return self.reply()
+
+    def get(self, request: int) -> int:
+        value: int = wire.U64.unpack(self.ask(request))[0]
+        return value
+
+    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
+        """Send a request and wait until it has been acted upon; return the acknowledgement, 0 for success."""
+        self.send(request, payload, fds, Flag.NEED_REPLY)
+        value: int = wire.U64.unpack(self.reply())[0]
+        return value
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class FrontEnd(Connection):
+    """A VMM with `memory` of RAM at guest address 0, and a driver: one attribute for each queue of the device.
+
+    `start` does what a VMM does until the queues run; `features` masks what the driver accepts.
+    """
+
+    def __init__(self, path: Path, *, memory: int = 4 * MIB, name: str = "front-end") -> None:
+        super().__init__(path)
+        self.name = name
+        self.memory = GuestMemory.allocate([(0, memory)])
+        self.heap = Heap(0x1000, memory)
+        self.features = 0
+        self.queues: list[Queue] = []
+        self.kicks: list[int] = []
+        self.err = Eventfd()
+
+    @property
+    def config_source(self) -> Interrupts:
+        return self.err
+
+    def __getattr__(self, name: str) -> Any:
+        return queue_named(self.__dict__.get("queues", []), name)
+
+    def start(
+        self, names: Sequence[str] = ("requestq",), *, features: int = ~0, size: int = 64, indirect: bool = False
+    ) -> Self:
+        self.negotiate(features)
+        self.set_mem_table()
+        for index, name in enumerate(names):
+            self.set_up_queue(index, name, size).indirect = indirect
+        return self
+
+    def negotiate(self, features: int = ~0) -> None:
+        self.send(Request.SET_OWNER)
+        offered = self.get(Request.GET_FEATURES)
+        self.send(Request.SET_PROTOCOL_FEATURES, wire.U64.pack(self.get(Request.GET_PROTOCOL_FEATURES)))
+        self.features = offered & (features | wire.PROTOCOL_FEATURES)
+        self.acked(Request.SET_FEATURES, wire.U64.pack(self.features))
+
+    def acked(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        if self.tell(request, payload, fds):
+            raise AssertionError(f"{Request(request).name} was refused")
+
+    def regions(self) -> list[tuple[bytes, int]]:
+        """Each region of guest memory as the protocol describes it, with its fd."""
+        return [
+            (wire.REGION.pack(guest, size, USER + guest, offset), fd) for guest, size, fd, offset in self.memory.regions
+        ]
+
+    def set_mem_table(self) -> None:
+        regions = self.regions()
+        table = wire.TABLE_HEAD.pack(len(regions)) + b"".join(region for region, _ in regions)
+        self.acked(Request.SET_MEM_TABLE, table, [fd for _, fd in regions])
+
+    def set_up_queue(self, index: int, name: str, size: int) -> Queue:
+        ring = SplitRing.allocate(self.memory, self.heap, size, event_idx=bool(self.features & Feature.EVENT_IDX))
+        queue = Queue(self, index, name, ring, Eventfd())
+        self.queues.append(queue)
+        self.kicks.append(os.eventfd(0, os.EFD_NONBLOCK))
+        self.start_ring(queue)
+        return queue
+
+    def start_ring(self, queue: Queue, base: int = 0) -> None:
+        """All that a vring needs, in QEMU's order."""
+        index, ring = queue.index, queue.ring
+        self.acked(Request.SET_VRING_ERR, wire.U64.pack(index), [self.err.fd])
+        self.acked(Request.SET_VRING_CALL, wire.U64.pack(index), queue.source.fds())
+        self.acked(Request.SET_VRING_ENABLE, wire.VRING_STATE.pack(index, 1))
+        self.acked(Request.SET_VRING_NUM, wire.VRING_STATE.pack(index, ring.size))
+        self.acked(Request.SET_VRING_BASE, wire.VRING_STATE.pack(index, base))
+        self.acked(Request.SET_VRING_ADDR, self.addresses(queue))
+        self.acked(Request.SET_VRING_KICK, wire.U64.pack(index), [self.kicks[index]])
+
+    def addresses(self, queue: Queue) -> bytes:
+        ring = queue.ring
+        return wire.VRING_ADDR.pack(queue.index, 0, USER + ring.desc, USER + ring.used, USER + ring.avail, 0)
+
+    def stop_ring(self, queue: Queue) -> int:
+        """GET_VRING_BASE: the ring stops; return where it is to go on."""
+        index, base = wire.VRING_STATE.unpack(self.ask(Request.GET_VRING_BASE, wire.VRING_STATE.pack(queue.index, 0)))
+        assert index == queue.index
+        return int(base)
+
+    def config(self, size: int = 60) -> bytes:
+        reply = self.ask(Request.GET_CONFIG, wire.CONFIG.pack(0, size, 0) + bytes(size))
+        return reply[wire.CONFIG.size :]
+
+    def notify(self, index: int, size: int) -> None:
+        os.eventfd_write(self.kicks[index], 1)
+
+    def take_interrupts(self) -> bool:
+        taken = [queue for queue in self.queues if queue.source.take()]
+        for queue in taken:
+            queue.collect()
+        return bool(taken)
+
+    def check(self) -> None:
+        if self.err.take():
+            raise DeviceNeedsReset(f"{self.name}: the err fd was signalled")
+
+    def wait_broken(self) -> None:
+        """Sleep until the err fd is signalled."""
+        if not sleep_on([self.err.fd], HANG):
+            raise TimeoutError(f"{self.name}: the device did not break")
+        self.err.take()
+
+    def wait_hangup(self) -> None:
+        """Sleep until the back-end closes the connection."""
+        deadline = time.monotonic() + HANG
+        try:
+            while time.monotonic() < deadline:
+                self._read(1)
+        except Hangup:
+            return
+        raise TimeoutError(f"{self.name}: the connection was not closed")
+
+    def drop_queues(self) -> None:
+        """Forget the queues; `start` makes new ones."""
+        for fd in (*self.kicks, *(fd for queue in self.queues for fd in queue.source.fds())):
+            os.close(fd)
+        self.kicks, self.queues = [], []
+
+    def close(self) -> None:
+        super().close()
+        self.drop_queues()
+        os.close(self.err.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,211 @@
+"""What becomes of a served device: its configuration, its memory, and who may start it over."""
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from ctypes import LittleEndianStructure, c_uint32
+
+import pytest
+from serving import Serve, count_up
+
+from pyvirtio import Chain, Device, VirtQueue, queue
+from pyvirtio._core import GuestMemory
+from pyvirtio.devices.rng import Rng
+from pyvirtio.serve import wire
+from pyvirtio.serve.wire import Request
+from pyvirtio.testing.queue import HANG
+from pyvirtio.testing.ring import WRITE, Desc
+from pyvirtio.testing.vhost_user import MIB, USER, FrontEnd
+
+
+class KnobConfig(LittleEndianStructure):
+    _fields_ = (("value", c_uint32),)
+
+
+class Knob(Device, id=63, config=KnobConfig):
+    """Has a configuration that both sides change, keeps its chains, and notes what happens to it."""
+
+    def __init__(self) -> None:
+        self.kept: list[Chain] = []
+        self.events: list[str] = []
+
+    @queue(size=64)
+    def requestq(self, vq: VirtQueue) -> None:
+        self.kept += vq
+
+    def activate(self, features: int) -> None:
+        self.events.append("activate")
+
+    def reset(self) -> None:
+        self.events.append("reset")
+        self.kept.clear()
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        if data == b"boom":
+            raise RuntimeError("boom")
+        self.config.value = int.from_bytes(data, "little")
+
+
+def test_the_configuration_is_read_and_written(serve: Serve) -> None:
+    knob = Knob()
+    with FrontEnd(serve(knob)) as vm:
+        vm.negotiate()
+        vm.acked(Request.SET_CONFIG, wire.CONFIG.pack(0, 4, 0) + struct.pack("<I", 77))
+        assert knob.config.value == 77
+        assert vm.config(8) == struct.pack("<II", 77, 0)
+
+
+def test_the_front_end_is_told_of_a_new_configuration(serve: Serve) -> None:
+    knob = Knob()
+    ours, theirs = socket.socketpair()
+    with FrontEnd(serve(knob)) as vm, ours, theirs:
+        vm.negotiate()
+        vm.acked(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        with knob.update_config() as config:
+            config.value = 5
+        assert ours.recv(100) == wire.pack(wire.BACKEND_CONFIG_CHANGE_MSG)
+        assert vm.config(4) == struct.pack("<I", 5)
+
+
+def test_a_device_is_activated_once_and_reset_when_the_front_end_says_so(serve: Serve) -> None:
+    knob = Knob()
+    with FrontEnd(serve(knob)) as vm:
+        vm.start()
+        vm.start_ring(vm.requestq, vm.stop_ring(vm.requestq))
+        assert knob.events == ["activate"]
+        vm.acked(Request.RESET_DEVICE)
+        assert knob.events == ["activate", "reset"]
+        vm.start_ring(vm.requestq)
+        assert knob.events == ["activate", "reset", "activate"]
+
+
+def test_a_front_end_that_goes_resets_the_device(serve: Serve) -> None:
+    knob = Knob()
+    path = serve(knob)
+    with FrontEnd(path) as vm:
+        vm.start()
+    with FrontEnd(path) as vm:
+        vm.start()
+        assert knob.events == ["activate", "reset", "activate"]
+
+
+def test_stopping_a_ring_waits_for_what_the_device_holds(serve: Serve) -> None:
+    knob = Knob()
+    with FrontEnd(serve(knob)) as vm:
+        vm.start()
+        buffer = vm.requestq.add(writable=4)
+        vm.requestq.kick()
+        wait_for(lambda: len(knob.kept) == 1)
+        vm.send(Request.GET_VRING_BASE, wire.VRING_STATE.pack(0, 0))
+        knob.kept[0].write(b"late")
+        knob.kept[0].complete()
+        assert wire.VRING_STATE.unpack(vm.reply()) == (0, 1)
+        assert buffer.wait() == b"late"
+
+
+def test_memory_comes_and_goes_while_a_ring_runs(serve: Serve) -> None:
+    """A buffer in a new region, before and after the region is given up; a request in flight goes on."""
+    knob = Knob()
+    with FrontEnd(serve(knob)) as vm:
+        vm.start()
+        early = vm.requestq.add(writable=4)
+        vm.requestq.kick()
+        extra = GuestMemory.allocate([(1 << 32, MIB)])
+        ((guest, size, fd, offset),) = extra.regions
+        region = bytes(8) + wire.REGION.pack(guest, size, USER + guest, offset)
+        vm.acked(Request.ADD_MEM_REG, region, [fd])
+        wait_for(lambda: len(knob.kept) == 1)
+        vm.requestq.ring.add([Desc(guest + 16, 4, WRITE)])
+        vm.requestq.kick()
+        wait_for(lambda: len(knob.kept) == 2)
+        vm.acked(Request.REM_MEM_REG, region, [fd])
+        for chain, data in zip(knob.kept, (b"1st!", b"2nd!"), strict=True):
+            chain.write(data)
+            chain.complete()
+        assert early.wait() == b"1st!"
+        assert extra.read(guest + 16, 4) == b"2nd!"
+        vm.requestq.ring.add([Desc(guest + 16, 4, WRITE)])
+        vm.requestq.kick()
+        vm.wait_broken()
+
+
+def test_a_new_memory_table_while_a_ring_runs(serve: Serve) -> None:
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start()
+        for _ in range(5):
+            vm.set_mem_table()
+            buffer = vm.requestq.add(writable=7)
+            vm.requestq.kick()
+            assert buffer.wait() == count_up(7)
+
+
+def test_a_ring_that_loses_its_memory_breaks_the_device(serve: Serve) -> None:
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start()
+        ((region, _),) = vm.regions()
+        vm.acked(Request.REM_MEM_REG, bytes(8) + region)
+        vm.wait_broken()
+
+
+@pytest.mark.parametrize("recovery", ["reset", "stop", "reconnect"])
+def test_a_guest_that_breaks_the_rules_breaks_the_device_until_the_front_end_starts_over(
+    serve: Serve, recovery: str
+) -> None:
+    path = serve(Rng(source=count_up))
+    vm = FrontEnd(path).start()
+    vm.requestq.ring.offer(99)  # no such descriptor
+    vm.requestq.kick()
+    vm.wait_broken()
+    vm.requestq.ring.offer(0)
+    vm.requestq.kick()
+    assert vm.get(Request.GET_QUEUE_NUM) == 1
+    if recovery == "reconnect":
+        vm.close()
+        vm = FrontEnd(path)
+    elif recovery == "reset":
+        vm.acked(Request.RESET_DEVICE)
+    else:
+        vm.stop_ring(vm.requestq)
+    with vm:
+        vm.drop_queues()
+        vm.start()
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+
+
+def test_a_device_that_raises_breaks_and_the_session_goes_on(serve: Serve) -> None:
+    with FrontEnd(serve(Knob())) as vm:
+        vm.start()
+        assert vm.tell(Request.SET_CONFIG, wire.CONFIG.pack(0, 4, 0) + b"boom")
+        vm.wait_broken()
+        assert vm.get(Request.GET_QUEUE_NUM) == 1
+
+
+def test_a_second_front_end_is_turned_away(serve: Serve) -> None:
+    path = serve(Rng(source=count_up))
+    with FrontEnd(path) as vm:
+        vm.start()
+        with FrontEnd(path) as second:
+            second.wait_hangup()
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+
+
+def test_many_front_ends_one_after_another_leave_nothing_behind(serve: Serve) -> None:
+    path = serve(Rng(source=count_up))
+    for _ in range(150):
+        with FrontEnd(path, memory=MIB) as vm:
+            vm.start(size=8)
+            buffer = vm.requestq.add(writable=7)
+            vm.requestq.kick()
+            assert buffer.wait() == count_up(7)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
