@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::ffi;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyMemoryView};
 use pyvirtio_core::chain::Segment;
@@ -246,8 +247,10 @@ fn fill(into: &Buffers<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
 /// What a method says it did: the number of bytes, or None for all.
 fn transferred(done: &Bound<'_, PyAny>, buffers: &Buffers<'_>) -> PyResult<usize> {
     let wanted = buffers.total();
+    if done.is_none() {
+        return Ok(wanted);
+    }
     match done.extract::<usize>() {
-        _ if done.is_none() => Ok(wanted),
         Ok(length) if length == wanted => Ok(wanted),
         Ok(length) if length < wanted => Err(not_all(&format!("it did {length} bytes"), false, wanted)),
         _ => Err(not_all(&format!("it returned {done}"), true, wanted)),
@@ -272,7 +275,7 @@ fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u
     let done = method.bind(py).call1((&views, offset));
     for view in &views {
         // Refused while somebody has a view of the view; the exporter keeps the memory mapped then.
-        let _ = view.call_method0("release");
+        let _ = view.call_method0(intern!(py, "release"));
     }
     transferred(&done?, buffers)
 }
