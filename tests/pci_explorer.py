@@ -1,16 +1,20 @@
 """A virtio-pci function in hands that do anything to it, and what has to hold all the same."""
 
 import logging
+from collections.abc import Callable
 from ctypes import LittleEndianStructure, c_uint32
+from dataclasses import replace
 from typing import Any
 
 from pyvirtio import Device, VirtQueue, queue
+from pyvirtio.dataplane import QueueSetup
 from pyvirtio.spec import DeviceId, Feature, Status
 from pyvirtio.testing import Guest
 from pyvirtio.testing.pci import BUS_MASTER, IO, MEMORY, Space
 from pyvirtio.testing.plugin import nothing_left_behind
 from pyvirtio.testing.queue import Buffer
 from pyvirtio.testing.registers import COMMON, NOTIFY_CFG, PCI_CFG, structures
+from pyvirtio.testing.registers import LEGACY as REGISTERS
 from pyvirtio.transports.base import IoAddress
 
 LEGACY, MSIX, PIO_NOTIFY, MODERN = 0, 1, 2, 4
@@ -57,6 +61,12 @@ class Echo(Device, id=DeviceId.CONSOLE, config=EchoConfig):
         self.resets += 1
 
 
+def rogue_rings(ring: int) -> dict[str, int]:
+    """The address registers of a queue, with values that are sound."""
+    start = ROGUE_RINGS + 0x1000 * ring
+    return {"queue_desc": start, "queue_driver": start + 0x400, "queue_device": start + 0x800}
+
+
 class Tracebacks(logging.Handler):
     """Keeps the messages that tell of a defect, not of a guest's mistake."""
 
@@ -94,7 +104,7 @@ class Explorer:
         """Whether an ioeventfd may be refused: two BARs may share an address, or the test asked for it."""
         self.started = -1
         """How often the device had been reset when `start` gave it the rings of the driver."""
-        self.agreed: int | None = None
+        self.agreed: tuple[int, int] | None = None
 
     # What is decoded where, from configuration space alone.
 
@@ -135,17 +145,16 @@ class Explorer:
     # What a sound driver does.
 
     def start(self, *, legacy: bool, msix: bool, size: int | None) -> None:
-        for bar, address in self.home.items():
-            self.pci.move_bar(bar, address)
-        self.pci.command = IO | MEMORY | BUS_MASTER
+        self.come_home()
         self.write_msix_control(0)
-        driver = self.driver
+        driver, accel = self.driver, self.guest.accel
         driver.transport = "legacy" if legacy and LEGACY in self.home else "modern"
         driver.registers = driver._find_registers()
         driver.msix_wanted, driver.queue_size = msix, size
         self.sent.clear()
         self.rogue = self.unheard = False
         self.agreed = None
+        refused = any(number >= accel.assigns for number in accel.fail_ioeventfd_at)
         driver.start()
         for vq in driver.queues:
             vq.polling = True
@@ -153,6 +162,18 @@ class Explorer:
         assert self.device.active
         assert self.has_our_rings()
         assert self.running()
+        assert refused or not self.function.dataplane.notifiers.reasons
+
+    def come_home(self) -> None:
+        """Put the BARs back and switch everything on, without a reset."""
+        for bar, address in self.home.items():
+            self.pci.move_bar(bar, address)
+        self.pci.command = IO | MEMORY | BUS_MASTER
+
+    def add_while_paused(self, data: bytes, index: int) -> None:
+        """What is made available while the device may not touch memory is served when it may again."""
+        self.pci.command = IO | MEMORY
+        self.add_and_kick(data, index)
 
     def add_and_kick(self, data: bytes, index: int) -> None:
         if not self.has_our_rings():
@@ -171,12 +192,11 @@ class Explorer:
         return LEGACY if self.driver.transport == "legacy" else MODERN
 
     def finish_io(self) -> None:
-        """Everything sent is answered, if the device runs and every kick was heard."""
+        """Everything sent is answered once the device runs, and no kick but those to nowhere is repeated."""
+        self.come_home()
         if not (self.has_our_rings() and self.running()):
             return
         if self.unheard:
-            if not self.reachable(self._notify_bar()):
-                return
             for vq in self.driver.queues:
                 vq.notify()
             self.unheard = False
@@ -253,10 +273,51 @@ class Explorer:
         """A register of the common configuration; every other address of a ring is one where it could be."""
         offset, size = COMMON[name]
         if size == 8 and value % 2 == 0:
-            value = ROGUE_RINGS + 0x1000 * ring + {"queue_desc": 0, "queue_driver": 0x400, "queue_device": 0x800}[name]
+            value = rogue_rings(ring)[name]
         if name == "queue_enable":
             value = min(value, 2)
+        state, before = self.function.driver, self._setups()
+        frozen = Status.DRIVER_OK in state.status or state.queue_select >= len(before)
+        frozen = frozen or before[state.queue_select].enabled
         self.write_bar(MODERN, offset, size, value)
+        if frozen and self.reachable(MODERN):
+            assert self._setups() == before
+
+    def _setups(self) -> list[QueueSetup]:
+        return [replace(setup) for setup in self.function.driver.setups]
+
+    def write_legacy(self, name: str, value: int) -> None:
+        offset, size = REGISTERS[name]
+        self.write_bar(LEGACY, offset, size, value)
+
+    def set_up_by_hand(self, omitted: set[str], index: int, ring: int, avail_idx: int, features: int) -> None:
+        """A driver that leaves steps out, and may make more available than there is."""
+        steps: dict[str, Callable[[], object]] = {
+            "home": self.come_home,
+            "reset": lambda: self.write_status(0, legacy=False),
+            "version": lambda: self._write_features(1, 1),
+            "features": lambda: self._write_features(0, features & self.function.driver.offered),
+            "agree": lambda: self.write_status(11, legacy=False),
+            "select": lambda: self.write_common("queue_select", index, 0),
+            "addresses": lambda: self._write_addresses(ring),
+            "enable": lambda: self.write_common("queue_enable", 1, 0),
+            "driver_ok": lambda: self.write_status(7 if "agree" in omitted else 15, legacy=False),
+            "more features": lambda: self._write_features(0, 0),
+            "avail": lambda: self.guest.memory.store16(rogue_rings(ring)["queue_driver"] + 2, avail_idx),
+            "notify": lambda: self.notify(index, 2, "modern"),
+        }
+        for name, step in steps.items():
+            if name not in omitted:
+                step()
+                self.check()
+
+    def _write_addresses(self, ring: int) -> None:
+        for name in rogue_rings(ring):
+            self.write_common(name, 0, ring)
+
+    def _write_features(self, word: int, value: int) -> None:
+        self.write_common("driver_feature_select", word, 0)
+        self.write_common("driver_feature", value, 0)
 
     def notify(self, index: int, size: int, way: str) -> None:
         at = self.notifier.offset + index * self.multiplier
@@ -333,8 +394,9 @@ class Explorer:
         if not state.status & (Status.FEATURES_OK | Status.DRIVER_OK) or state.features is None:
             self.agreed = None
             return
-        assert self.agreed in (None, state.features)
-        self.agreed = state.features
+        features = state.features, state.driver_features
+        assert self.agreed in (None, features)
+        self.agreed = features
 
     def check_ioeventfds(self) -> None:
         assigned, broken = self.guest.accel.ioeventfds, bool(self.driver.why_broken)

@@ -33,7 +33,7 @@ PROPERTIES = st.fixed_dictionaries(
         "indirect_desc": st.just(False),
     },
 )
-REGISTERS = st.sampled_from(
+COMMON = st.sampled_from(
     [
         "device_feature_select", "driver_feature_select", "driver_feature", "config_msix_vector", "queue_select",
         "queue_size", "queue_msix_vector", "queue_enable", "queue_desc", "queue_driver", "queue_device",
@@ -41,24 +41,37 @@ REGISTERS = st.sampled_from(
 )  # fmt: skip
 
 
+LEGACY = st.sampled_from(["driver_features", "queue_address", "queue_address", "queue_select", "queue_msix_vector"])
+STEPS = ["home", "reset", "version", "features", "agree", "select", "addresses", "enable", "driver_ok", "avail"]
+STARTS = st.fixed_dictionaries({"legacy": st.booleans(), "msix": st.booleans(), "size": st.sampled_from([None, 2, 8])})
+DATA = st.binary(max_size=40)
+OURS = st.integers(0, 2)
+
+
 class PciStateMachine(RuleBasedStateMachine):
-    """The rules are what a guest and its user can do; the checks hold after each of them."""
+    """The rules are what a guest and its user can do; `check` holds after each of them."""
 
     explorer: Explorer
 
-    @initialize(properties=PROPERTIES)
-    def plug(self, properties: dict[str, Any]) -> None:
+    @initialize(properties=PROPERTIES, start=st.one_of(STARTS, st.none()))
+    def plug(self, properties: dict[str, Any], start: dict[str, Any] | None) -> None:
         self.explorer = Explorer(properties)
+        if start is not None:
+            self.explorer.start(**start)
 
-    # What a sound driver does.
+    # What a sound driver and the user do.
 
-    @rule(legacy=st.booleans(), msix=st.booleans(), size=st.sampled_from([None, 2, 8]))
-    def start(self, legacy: bool, msix: bool, size: int | None) -> None:
-        self.explorer.start(legacy=legacy, msix=msix, size=size)
+    @rule(how=STARTS)
+    def start(self, how: dict[str, Any]) -> None:
+        self.explorer.start(**how)
 
-    @rule(data=st.binary(max_size=40), index=st.integers(0, 2))
+    @rule(data=DATA, index=OURS)
     def add_and_kick(self, data: bytes, index: int) -> None:
         self.explorer.add_and_kick(data, index)
+
+    @rule(data=DATA, index=OURS)
+    def add_while_paused(self, data: bytes, index: int) -> None:
+        self.explorer.add_while_paused(data, index)
 
     @rule()
     def finish_io(self) -> None:
@@ -76,47 +89,49 @@ class PciStateMachine(RuleBasedStateMachine):
     def move_bar(self, bar: int, place: int) -> None:
         self.explorer.move_bar(bar, place)
 
-    @rule(command=COMMANDS)
-    def write_command(self, command: int) -> None:
-        self.explorer.write_config(4, 2, command)
-
     @rule()
     def function_level_reset(self) -> None:
         self.explorer.function_level_reset()
 
     # What any guest can do.
 
+    @rule(
+        omitted=st.one_of(st.just(set()), st.sets(st.sampled_from(STEPS), max_size=3)),
+        index=OURS,
+        ring=OURS,
+        avail_idx=st.integers(0, 5),
+        features=st.sampled_from([0, 2**32 - 1, 1 << 28, 1 << 29]),
+    )
+    def set_up_by_hand(self, omitted: set[str], index: int, ring: int, avail_idx: int, features: int) -> None:
+        self.explorer.set_up_by_hand(omitted, index, ring, avail_idx, features)
+
     @rule(value=STATUSES, legacy=st.booleans())
     def write_status(self, value: int, legacy: bool) -> None:
         self.explorer.write_status(value, legacy=legacy)
 
-    @rule(name=REGISTERS, value=WORDS, ring=st.integers(0, 2))
+    @rule(name=COMMON, value=WORDS, ring=OURS)
     def write_common(self, name: str, value: int, ring: int) -> None:
         self.explorer.write_common(name, value, ring)
+
+    @rule(name=LEGACY, value=st.one_of(st.just(0), st.just(0x90), WORDS))
+    def write_legacy(self, name: str, value: int) -> None:
+        self.explorer.write_legacy(name, value)
+
+    @rule(command=COMMANDS)
+    def write_command(self, command: int) -> None:
+        self.explorer.write_config(4, 2, command)
 
     @rule(bar=st.integers(0, 4), offset=OFFSETS, size=WIDE, value=WORDS)
     def write_bar(self, bar: int, offset: int, size: int, value: int) -> None:
         self.explorer.write_bar(bar, offset, size, value)
 
-    @rule(bar=st.integers(0, 4), offset=OFFSETS, size=WIDE)
-    def read_bar(self, bar: int, offset: int, size: int) -> None:
-        assert 0 <= self.explorer.read_bar(bar, offset, size) < 1 << 8 * size
-
     @rule(offset=st.integers(0, 255), size=SIZES, value=WORDS)
     def write_config(self, offset: int, size: int, value: int) -> None:
         self.explorer.write_config(offset, size, value)
 
-    @rule(offset=st.integers(0, 255), size=SIZES)
-    def read_config(self, offset: int, size: int) -> None:
-        assert 0 <= self.explorer.pci.read(offset, size) < 1 << 8 * size
-
     @rule(bar=st.integers(0, 6), offset=OFFSETS, length=st.integers(0, 5), value=WORDS)
     def write_window(self, bar: int, offset: int, length: int, value: int) -> None:
         self.explorer.write_window(bar, offset, length, value)
-
-    @rule(bar=st.integers(0, 6), offset=OFFSETS, length=st.integers(0, 5))
-    def read_window(self, bar: int, offset: int, length: int) -> None:
-        self.explorer.read_window(bar, offset, length)
 
     @rule(entry=st.integers(0, 3), word=st.integers(0, 3), value=st.sampled_from([0, 1, 0xFEE0_0000, 0xFFFF_FFFF]))
     def write_msix_entry(self, entry: int, word: int, value: int) -> None:
@@ -130,7 +145,12 @@ class PciStateMachine(RuleBasedStateMachine):
     def notify(self, index: int, size: int, way: str) -> None:
         self.explorer.notify(index, size, way)
 
-    # What holds after each of them.
+    @rule(bar=st.integers(0, 6), offset=OFFSETS, size=SIZES)
+    def read(self, bar: int, offset: int, size: int) -> None:
+        limit = 1 << 8 * size
+        assert 0 <= self.explorer.read_bar(bar, offset, size) < limit
+        assert 0 <= self.explorer.pci.read(offset % 256, size) < limit
+        self.explorer.read_window(bar, offset, size)
 
     @invariant()
     def check(self) -> None:
@@ -144,4 +164,4 @@ class PciStateMachine(RuleBasedStateMachine):
 
 exploring(PciStateMachine)
 TestPciStateMachine = PciStateMachine.TestCase
-TestPciStateMachine.settings = budget(40, stateful_step_count=50)
+TestPciStateMachine.settings = budget(100, stateful_step_count=50)
