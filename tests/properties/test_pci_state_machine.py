@@ -20,7 +20,7 @@ QUEUES = st.one_of(st.integers(0, 3), st.integers(0, 0xFFFF))
 OFFSETS = st.one_of(
     st.integers(0, 64), st.integers(0x1000, 0x1004), st.integers(0x2000, 0x2010), st.integers(0, 0xFFFF)
 )
-STATUSES = st.one_of(st.sampled_from([0, 1, 3, 7, 11, 15, 15, 15, 11, 0x80, 0x4F]), st.integers(0, 255))
+STATUSES = st.one_of(st.sampled_from([0, 3, 4, 7, 7, 11, 11, 15, 15, 0x80, 0x4F]), st.integers(0, 255))
 COMMANDS = st.one_of(st.sampled_from([7, 7, 7, 0x407, 3, 5, 6, 0]), st.integers(0, 0xFFFF))
 PROPERTIES = st.fixed_dictionaries(
     {"ioeventfd": st.booleans()},
@@ -73,9 +73,12 @@ class PciStateMachine(RuleBasedStateMachine):
     def add_while_paused(self, data: bytes, index: int) -> None:
         self.explorer.add_while_paused(data, index)
 
-    @rule()
-    def finish_io(self) -> None:
+    @rule(pause=st.booleans())
+    def finish_io(self, pause: bool) -> None:
         self.explorer.finish_io()
+        if pause:
+            self.explorer.add_while_paused(b"afterwards", 0)
+            self.explorer.finish_io()
 
     @rule(on=st.booleans())
     def flip_ioeventfd(self, on: bool) -> None:
@@ -116,6 +119,11 @@ class PciStateMachine(RuleBasedStateMachine):
     @rule(name=LEGACY, value=st.one_of(st.just(0), st.just(0x90), WORDS))
     def write_legacy(self, name: str, value: int) -> None:
         self.explorer.write_legacy(name, value)
+
+    @rule(index=OURS)
+    def give_a_legacy_queue_up(self, index: int) -> None:
+        self.explorer.write_legacy("queue_select", index)
+        self.explorer.write_legacy("queue_address", 0)
 
     @rule(command=COMMANDS)
     def write_command(self, command: int) -> None:
