@@ -165,7 +165,7 @@ def steps(only_fast: bool) -> list[Callable[[], Step]]:
     ]
     slow: list[Callable[[], Step]] = [
         lambda: Step("loom: notification protocol", ["rust/core/loom.sh"]),
-        lambda: Step("tier C: firmware", as_root(pytest("tests/vm", "--ignore=tests/vm/linux"))),
+        lambda: Step("tiers C and E: firmware, QEMU", as_root(pytest("tests/vm", "--ignore=tests/vm/linux"))),
         linux_tests,
     ]
     return fast if only_fast else fast + slow

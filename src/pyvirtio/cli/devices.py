@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,14 +22,17 @@ CHOSEN = ("iothread", "slot")
 """Those that the machine chooses unless it is told."""
 
 
-def device_class(name: str) -> type[Device]:
-    """The class behind a name of `--device`. ConfigError, in one line, for everything that can be wrong with it."""
+def device_class(name: str, names: Mapping[str, str] = NAMES) -> type[Device]:
+    """The class behind a name of `--device`. ConfigError, in one line, for everything that can be wrong with it.
+
+    `names` are those of the table, each with its short name; on no bus that is its name.
+    """
     module, _, attribute = name.rpartition(":")
     if module:
         return _class_of(_load(module), attribute, name)
-    if name not in NAMES:
-        raise ConfigError(unknown("--device", "device", name, [*NAMES, "FILE.py:CLASS"]))
-    return load(NAMES[name])
+    if name not in names:
+        raise ConfigError(unknown("--device", "device", name, [*names, "FILE.py:CLASS"]))
+    return load(names[name])
 
 
 def device_properties(name: str) -> list[Property]:

@@ -12,6 +12,7 @@ from pyvirtio.errors import ConfigError
 
 COMMANDS = {
     "run": "boot a virtual machine",
+    "serve": "serve devices to other virtual machine monitors over vhost-user",
     "lab": "run a command on a machine with hardware-like KVM",
     "demo": "compare ioeventfd on and off in one boot",
 }

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def plug(board: Board, args: argparse.Namespace) -> None:
     """Add to the board everything that the options name; it closes it all."""
     for text in args.object:
         _add_iothread(board, parse(text, implied="qom-type"))
-    drives = _open_drives(board, args.drive)
+    drives = open_drives(args.drive, board.on_close)
     for text in args.device:
         _add_device(board, drives, parse(text, implied="driver"))
     for drive in drives.values():
@@ -67,11 +68,12 @@ def _add_iothread(board: Board, options: dict[str, str]) -> None:
     board.add_iothread(name, **bind(IoThread, options, name, given=("name",)))
 
 
-def _open_drives(board: Board, texts: list[str]) -> dict[str, Drive]:
+def open_drives(texts: list[str], on_close: Callable[[Callable[[], object]], object]) -> dict[str, Drive]:
+    """The drives by id; `on_close` is told how to close each."""
     drives: dict[str, Drive] = {}
     for text in texts:
         drive = _open_drive(parse(text), drives)
-        board.on_close(drive.backend.close)
+        on_close(drive.backend.close)
         drives[drive.id] = drive
     return drives
 
@@ -97,7 +99,7 @@ def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str])
     driver = take(options, "driver", "--device")
     cls = device_class(driver)
     taken = {function.name: function for function in board.devices}
-    name = take_id(options, taken, driver, otherwise=_next_name(cls, taken))
+    name = take_id(options, taken, driver, otherwise=next_name(cls, taken))
     if "slot" not in options:
         options["slot"] = str(board.free_slot(name))
     options.setdefault("iothread", board.iothread.name)
@@ -106,22 +108,23 @@ def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str])
         IoThread: dict(board.iothreads),
     }
     own, pci = bind_each((cls, VirtioPci), options, name, references, GIVEN)
+    board.add(make(cls, own, name, drives), name, **pci)
+
+
+def make(cls: type[Device], properties: dict[str, object], name: str, drives: dict[str, Drive]) -> Device:
+    """The device; each drive may belong to one only."""
     for drive in drives.values():
-        if drive.backend in own.values():
+        if drive.backend in properties.values():
             if drive.used_by:
                 raise ConfigError(f"{name}: drive={drive.id} is in use by {drive.used_by}")
             drive.used_by = name
-    board.add(_make(cls, own, name), name, **pci)
-
-
-def _make(cls: type[Device], properties: dict[str, object], name: str) -> Device:
     try:
         return cls(**properties)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _next_name(cls: type[Device], taken: dict[str, VirtioPci]) -> str:
+def next_name(cls: type[Device], taken: Container[str]) -> str:
     """blk0, blk1, ... as messages and the monitor call devices without an id."""
     kind, number = cls.__name__.lower(), 0
     while f"{kind}{number}" in taken:

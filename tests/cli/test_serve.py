@@ -1,0 +1,176 @@
+"""`pyvirtio serve`: what it refuses, what it prints, and how its process begins and ends."""
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import Start, programs
+
+from pyvirtio.cli.main import main
+from pyvirtio.serve.wire import Request
+from pyvirtio.testing.blk import Disk
+from pyvirtio.testing.plugin import nothing_left_behind
+from pyvirtio.testing.vhost_user import MIB, Connection, FrontEnd
+
+DICE = """
+from pyvirtio import Device, queue
+class Dice(Device, id=4):
+    def __init__(self, sides: int = 6) -> None:
+        self.sides = sides
+    @queue(size=8)
+    def requestq(self, vq) -> None:
+        for chain in vq:
+            chain.write(bytes([self.sides]))
+            chain.complete()
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "disk.img").write_bytes(bytes(range(256)) * 4 * 1024)
+    (tmp_path / "dice.py").write_text(DICE)
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+REFUSED = {
+    "": "serve: name a device, such as `blk` or `rng`",
+    "gpu --socket-path s": "unknown device 'gpu' (known: blk, rng, FILE.py:CLASS)",
+    "rng": "rng0: give its socket, either --socket-path PATH or --fd N",
+    "rng --socket-path s --fd 3": "rng0: give its socket, either",
+    "rng --socket-path a-file": "a-file: there is a file that is no socket",
+    "rng --socket-path nowhere/s": "nowhere/s: No such file or directory",
+    f"rng --socket-path {'x' * 200}": "AF_UNIX path too long",
+    "rng --fd 0": "fd=0: ",
+    "rng,colour=red --socket-path s": "rng0: unknown property 'colour'",
+    "blk --socket-path s": "blk0: drive is required",
+    "blk --blk-file nowhere.img --socket-path s": "nowhere.img: No such file or directory",
+    "blk --blk-file a-file --socket-path s": "a-file: 0 bytes; an image is at least one sector",
+    "blk --blk-file disk.img --num-queues 9999 --socket-path s": "num-queues=9999 is not allowed",
+    "blk --blk-file disk.img --num-queues 257 --socket-path s": "Blk has 257 queues, allowed are 1 to 256",
+    "--device rng,id=a,socket-path=s --device rng,id=a,socket-path=t": "id=a is already in use",
+    "--device rng,socket-path=s --device rng,socket-path=s": "s: in use by another process",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.items())
+def test_a_mistake_is_one_line_and_status_2(
+    here: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with nothing_left_behind():
+        assert main(["serve", *line.split()]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert not (here / "s").exists()
+
+
+def test_capabilities_are_what_qemu_expects(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "blk", "--print-capabilities"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def test_the_front_ends_side_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "blk --blk-file disk.img --num-queues 2 --socket-path s --print-qemu-args"
+    assert main(["serve", *line.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "memory-backend-memfd" in shown
+    assert "share=on" in shown
+    assert "-chardev socket,id=blk0,path=s," in shown
+    assert "-device vhost-user-blk-pci,num-queues=2,chardev=blk0" in shown
+
+
+@pytest.fixture
+def start(here: Path) -> Iterator[Start]:
+    with programs(here) as start:
+        yield start
+
+
+def throw(path: Path) -> bytes:
+    """What the device answers to one request."""
+    with FrontEnd(path) as vm:
+        vm.start(size=8)
+        buffer = vm.requestq.add(writable=1)
+        vm.requestq.kick()
+        answer: bytes = buffer.wait()
+        return answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_removes_the_socket(start: Start, here: Path, number: signal.Signals) -> None:
+    process = start("blk", "--blk-file", "disk.img", "--socket-path", "s")
+    with FrontEnd(here / "s") as vm:
+        assert Disk(vm.start()).read(0, 512) == bytes(range(256)) * 2
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        vm.wait_hangup()
+    assert not (here / "s").exists()
+
+
+def test_a_read_only_image_is_not_written(start: Start, here: Path) -> None:
+    start("blk", "--blk-file", "disk.img", "--read-only", "--socket-path", "s")
+    with FrontEnd(here / "s") as vm:
+        disk = Disk(vm.start())
+        assert disk.read(1, 512) == bytes(range(256)) * 2
+        with pytest.raises(OSError, match="IOERR"):
+            disk.write(0, bytes(512))
+
+
+def test_a_stale_socket_is_replaced_and_one_in_use_is_not(
+    start: Start, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start("rng", "--socket-path", "s")
+    process.kill()
+    process.wait()
+    assert (here / "s").exists()
+    start("rng", "--socket-path", "s")
+    assert main(["serve", "rng", "--socket-path", "s"]) == 2
+    assert capsys.readouterr().err == "pyvirtio: s: in use by another process\n"
+    connection = Connection(here / "s")
+    assert connection.get(Request.GET_QUEUE_NUM) == 1
+    connection.close()
+
+
+def test_several_devices_in_one_process(start: Start, here: Path) -> None:
+    start("--device", "dice.py:Dice,sides=7,socket-path=a", "--device", "dice.py:Dice,sides=8,socket-path=b")
+    assert (throw(here / "a"), throw(here / "b")) == (b"\7", b"\10")
+
+
+def test_an_inherited_socket_that_listens(start: Start, here: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here / "s"))
+        listener.listen()
+        process = start("dice.py:Dice", "--fd", str(listener.fileno()), pass_fds=[listener.fileno()])
+    assert [throw(here / "s") for _ in range(2)] == [b"\6", b"\6"]
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_with_an_inherited_connection_it_ends_when_the_front_end_goes(start: Start, here: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here / "s"))
+        listener.listen()
+        connection = Connection(here / "s")
+        accepted, _ = listener.accept()
+    with accepted:
+        process = start("rng", "--fd", str(accepted.fileno()), pass_fds=[accepted.fileno()])
+    assert connection.get(Request.GET_QUEUE_NUM) == 1
+    connection.close()
+    assert process.wait(30) == 0
+
+
+def test_a_front_end_may_come_back_after_the_server_was_killed(start: Start, here: Path) -> None:
+    process = start("blk", "--blk-file", "disk.img", "--socket-path", "s")
+    with FrontEnd(here / "s", memory=MIB) as vm:
+        disk = Disk(vm.start())
+        disk.write(3, b"k" * 512)
+        process.kill()
+        vm.wait_hangup()
+    process.wait()
+    start("blk", "--blk-file", "disk.img", "--socket-path", "s")
+    with FrontEnd(here / "s") as vm:
+        assert Disk(vm.start()).read(3, 512) == b"k" * 512
