@@ -328,7 +328,7 @@ class Vm:
 
 @final
 class Vcpu:
-    """One virtual CPU. Everything but `stop` belongs to the thread that runs it."""
+    """One virtual CPU. While one thread runs it, all but `stop` and `exits` raise `RuntimeError`."""
 
     def set_cpuid(self, cpus: int) -> None:
         """What the host supports, with the APIC id, the topology of `cpus` CPUs and the hypervisor bits."""

@@ -128,13 +128,14 @@ def test_hlt_without_an_irqchip_returns(memory: GuestMemory, bus: Recorder) -> N
     assert vcpu.run(bus) == "hlt"
 
 
-def test_a_cpu_runs_once_at_a_time(cpu: Cpu, bus: Recorder) -> None:
-    def run_again(port: int, size: int) -> int:
-        with pytest.raises(RuntimeError, match="running already"):
-            cpu.vcpu.run(bus)
+def test_a_cpu_that_runs_is_nobody_elses(cpu: Cpu, bus: Recorder) -> None:
+    def meddle(port: int, size: int) -> int:
+        for attempt in (lambda: cpu.vcpu.run(bus), cpu.vcpu.get_registers, lambda: cpu.vcpu.set_cpuid(1)):
+            with pytest.raises(RuntimeError, match="vcpu 0 is running"):
+                attempt()
         return 7
 
-    bus.pio_read = run_again  # type: ignore[method-assign]
+    bus.pio_read = meddle  # type: ignore[method-assign]
     assert cpu.execute(IN[4], rdx=0x60)["rax"] == 7
 
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use kvm_bindings::{kvm_mp_state, kvm_regs, kvm_run, KVM_EXIT_IO_IN, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -59,13 +59,18 @@ impl Vcpu {
         Vcpu { index, vm, stop, fd: Mutex::new(fd), initial: Mutex::new(None), exits: Exits::default() }
     }
 
+    /// The vCPU for as long as nobody runs it: waiting for that could take for ever.
+    fn stopped(&self) -> Result<MutexGuard<'_, VcpuFd>> {
+        self.fd.try_lock().map_err(|_| Error::Guest(format!("vcpu {} is running", self.index)))
+    }
+
     fn memory(&self) -> Option<GuestMemory> {
         self.vm.memory()
     }
 
     pub fn set_cpuid(&self, cpus: u32) -> Result<()> {
         let cpuid = cpuid::for_vcpu(&self.vm, self.index, cpus)?;
-        let fd = self.fd.lock().unwrap();
+        let fd = self.stopped()?;
         fd.set_cpuid2(&cpuid).during("KVM_SET_CPUID2")?;
         *self.initial.lock().unwrap() = Some(CpuState::of(&fd, &self.vm.kvm));
         Ok(())
@@ -74,7 +79,7 @@ impl Vcpu {
     /// Go back to the state of `set_cpuid`. Not while it runs.
     pub fn reset(&self) -> Result<()> {
         match &*self.initial.lock().unwrap() {
-            Some(Ok(state)) => state.restore(&self.fd.lock().unwrap()),
+            Some(Ok(state)) => state.restore(&*self.stopped()?),
             Some(Err(error)) => Err(error.clone()),
             None => Err(Error::Guest("a vCPU can be reset after set_cpuid only".into())),
         }
@@ -82,17 +87,17 @@ impl Vcpu {
 
     pub fn set_linux_entry(&self, entry: u64, boot_params: u64) -> Result<()> {
         let memory = self.memory().ok_or_else(|| Error::Guest("the VM has no memory".into()))?;
-        boot::linux_entry(&self.fd.lock().unwrap(), &memory, entry, boot_params)
+        boot::linux_entry(&*self.stopped()?, &memory, entry, boot_params)
     }
 
     /// What firmware sets up on the CPUs that Linux starts itself.
     pub fn set_linux_secondary(&self) -> Result<()> {
-        boot::set_msrs(&self.fd.lock().unwrap())
+        boot::set_msrs(&*self.stopped()?)
     }
 
     /// Enter `mode` and set the named general registers; the others are 0 (rflags 2). Ends HLT and the wait for a SIPI.
     pub fn set_registers(&self, mode: Mode, registers: &BTreeMap<String, u64>) -> Result<()> {
-        let fd = self.fd.lock().unwrap();
+        let fd = self.stopped()?;
         let mut regs = kvm_regs { rflags: 2, ..Default::default() };
         for (name, value) in registers {
             let (_, register) = named(&mut regs)
@@ -108,7 +113,7 @@ impl Vcpu {
     }
 
     pub fn registers(&self) -> Result<BTreeMap<&'static str, u64>> {
-        let fd = self.fd.lock().unwrap();
+        let fd = self.stopped()?;
         let mut regs = fd.get_regs().during("KVM_GET_REGS")?;
         let sregs = fd.get_sregs().during("KVM_GET_SREGS")?;
         let mut all: BTreeMap<_, _> = named(&mut regs).into_iter().map(|(name, value)| (name, *value)).collect();
@@ -131,7 +136,7 @@ impl Vcpu {
 
     /// Run the guest until something ends it; may be called again to go on. One thread at a time.
     pub fn run(&self, bus: &dyn Bus) -> Result<Stopped> {
-        let mut fd = self.fd.try_lock().map_err(|_| Error::Guest(format!("vcpu {} is running already", self.index)))?;
+        let mut fd = self.stopped()?;
         let _here = self.stop.running_here();
         loop {
             if let Some(stopped) = self.step(&mut fd, bus)? {
