@@ -72,6 +72,8 @@ class InProcess:
 
     def _signalled(self, space: str, address: int, size: int, value: int) -> bool:
         """Whether the write matched an ioeventfd, which is signalled then."""
+        if (space, address) not in self._ioeventfds:
+            return False
         with self._lock:
             here = self._ioeventfds.get((space, address), {})
             for match in ((0, None), (size, None), (size, value)):

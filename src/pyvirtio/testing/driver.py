@@ -5,6 +5,8 @@ No KVM and no kernel: the in-process accelerator plays the vCPU's side, all the 
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from pyvirtio.vmm.pci_bus import IO_WINDOW, MEMORY_WINDOW, PciBus
 
 MIB = 1 << 20
 MSI_ADDRESS = 0xFEE00000
+PAGE = 4096
+ZEROES = bytes(PAGE)
 
 Interface = Literal["modern", "legacy"]
 
@@ -117,24 +121,48 @@ class Guest:
     @contextmanager
     def only_writes(self, *ranges: Range) -> Iterator[None]:
         """Fail if any guest memory outside the ranges changes in the block."""
-        before = [self.memory.read(*region) for region in self.ram]
+        before = snapshot(self.memory)
         yield
-        for (start, size), old in zip(self.ram, before, strict=True):
-            new = self.memory.read(start, size)
+        after = snapshot(self.memory)
+        for page in before.keys() | after.keys():
+            old, new = before.get(page, ZEROES), after.get(page, ZEROES)
             if old != new:
-                _compare(start, old, new, ranges)
+                _compare(page, old, new, ranges)
 
 
-def _compare(start: int, old: bytes, new: bytes, ranges: tuple[Range, ...]) -> None:
-    """`AssertionError` if two states of the memory at `start` differ outside the ranges."""
+def snapshot(memory: GuestMemory) -> dict[int, bytes]:
+    """The pages of guest RAM that have ever been touched, by address; the others are zero."""
+    pages = {}
+    for start, size, fd, offset in memory.regions:
+        at, end = offset, offset + size
+        while at < end and (at := _seek(fd, at, os.SEEK_DATA, end)) < end:
+            hole = _seek(fd, at, os.SEEK_HOLE, end)
+            data = memory.read(start + at - offset, hole - at)
+            pages.update({start + at - offset + n: data[n : n + PAGE] for n in range(0, len(data), PAGE)})
+            at = hole
+    return pages
+
+
+def _seek(fd: int, at: int, whence: int, end: int) -> int:
+    """Where the next data or hole of a memory file starts, but no further than `end`."""
+    try:
+        return min(os.lseek(fd, at, whence), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no data up to the end of the file
+            raise
+        return end
+
+
+def _compare(page: int, old: bytes, new: bytes, ranges: tuple[Range, ...]) -> None:
+    """`AssertionError` if two states of a page differ outside the ranges."""
     before, after = bytearray(old), bytearray(new)
     for address, length in ranges:
-        low, high = max(address - start, 0), min(address + length - start, len(old))
+        low, high = max(address - page, 0), min(address + length - page, PAGE)
         if low < high:
             before[low:high] = after[low:high] = bytes(high - low)
     if before != after:
         at = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
-        raise AssertionError(f"guest memory at {start + at:#x} changed from {before[at]:#x} to {after[at]:#x}")
+        raise AssertionError(f"guest memory at {page + at:#x} changed from {before[at]:#x} to {after[at]:#x}")
 
 
 class VirtioDriver:
