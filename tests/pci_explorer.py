@@ -128,7 +128,7 @@ class Explorer:
         )
 
     def running(self, *, broken: bool = False) -> bool:
-        """Whether the device should be served, by what its registers say; `broken` takes it for sound."""
+        """Whether the device should be served, by what its registers say; `broken`: also if it broke."""
         state = self.function.driver
         up = Status.DRIVER_OK in state.status and state.features is not None
         if not state.legacy:
@@ -399,8 +399,9 @@ class Explorer:
         self.agreed = features
 
     def check_ioeventfds(self) -> None:
-        assigned, broken = self.guest.accel.ioeventfds, bool(self.driver.why_broken)
-        wanted = self._notify_addresses() if self.running(broken=broken) and self.function.ioeventfd else set()
+        assigned = self.guest.accel.ioeventfds
+        wanted = self._notify_addresses() if self.running(broken=True) and self.function.ioeventfd else set()
+        broken = bool(self.driver.why_broken)  # asked last: the I/O thread may break the device meanwhile
         if self.function.dataplane.notifiers.reasons:
             assert self.refusals
             assert not assigned

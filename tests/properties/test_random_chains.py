@@ -276,6 +276,7 @@ def compare(guest: Guest, model: Memory, ring: SplitRing) -> None:
 def test_the_device_serves_what_is_a_chain_and_breaks_on_anything_else(
     guest: Guest, event_idx: bool, transport: Literal["modern", "legacy"]
 ) -> None:
+    assert [start for start, _ in guest.ram] == [0, BORDER, HIGH]
     driver = guest.plug(Oracle(), transport=transport, event_idx=event_idx, start=False)
     sizes = st.sampled_from([2, 4, 8, 16] if transport == "modern" else [None])
 
