@@ -18,7 +18,7 @@ from pathlib import Path
 from pyvirtio.accel.host import linux_capable
 
 ROOT = Path(__file__).resolve().parent.parent
-HANG_GUARD = 900  # seconds that no step takes
+HANG_GUARD = 1800  # seconds that no step takes
 KVM = Path("/dev/kvm")
 CI = os.environ.get("CI", "") == "true"
 COUNTS = re.compile(r"\b(\d+) (passed|failed|errors?|skipped|ignored)\b")

@@ -210,7 +210,7 @@ def _host_files() -> Iterator[int]:
     if "/qemu/" in daemon:
         options = ["-o", "source=/", "-o", "cache=auto", "-o", "sandbox=chroot"]
     else:
-        options = ["--shared-dir=/", "--cache=auto", "--sandbox=chroot"]
+        options = ["--shared-dir=/", "--cache=auto", "--sandbox=chroot", *_plain_submounts(daemon)]
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         connection = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -222,6 +222,13 @@ def _host_files() -> Iterator[int]:
         stack.enter_context(_process([daemon, f"--fd={listener.fileno()}", *options], log, (listener.fileno(),)))
         listener.close()
         yield connection.fileno()
+
+
+def _plain_submounts(daemon: str) -> list[str]:
+    """Keeps newer virtiofsd from announcing submounts: an overlay refuses a directory such as /dev that is one."""
+    option = "--no-announce-submounts"
+    known = subprocess.run([daemon, "--help"], capture_output=True, text=True, check=False).stdout
+    return [option] if option in known else []
 
 
 @contextmanager
