@@ -12,6 +12,7 @@ pub mod kvm;
 pub mod memory;
 pub mod planes;
 pub mod queue;
+mod sigbus;
 pub mod sync;
 mod tsc;
 

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 use std::sync::Arc;
 
 use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileSlice};
 
+use crate::sigbus::Watch;
 use crate::sync::duplicate;
 use crate::GuestError;
 
@@ -23,7 +25,21 @@ pub struct Region {
 
 /// Regions of guest RAM. Immutable; a clone is another reference, and the mapping lives as long as one.
 #[derive(Clone)]
-pub struct GuestMemory(Arc<Vec<GuestRegionMmap>>);
+pub struct GuestMemory(Arc<Vec<Mapped>>);
+
+/// A region where it is mapped. Watched for as long, because a file may be truncated by whoever shares it.
+struct Mapped {
+    _watch: Watch,
+    region: GuestRegionMmap,
+}
+
+impl Deref for Mapped {
+    type Target = GuestRegionMmap;
+
+    fn deref(&self) -> &GuestRegionMmap {
+        &self.region
+    }
+}
 
 impl GuestMemory {
     /// Map `(guest address, size, fd, file offset)`; the fds are duplicated.
@@ -32,7 +48,7 @@ impl GuestMemory {
             .iter()
             .map(|&(address, size, fd, offset)| map(address, size, duplicate(fd)?.into(), offset))
             .collect::<io::Result<Vec<_>>>()?;
-        mapped.sort_by_key(GuestMemoryRegion::start_addr);
+        mapped.sort_by_key(|region| region.start_addr());
         if let Some(pair) = mapped.windows(2).find(|pair| pair[0].last_addr() >= pair[1].start_addr()) {
             let (low, high) = (pair[0].start_addr().0, pair[1].start_addr().0);
             return Err(invalid(format!("memory regions at {low:#x} and {high:#x} overlap")));
@@ -165,15 +181,16 @@ impl GuestMemory {
     }
 }
 
-fn map(address: u64, size: u64, file: File, offset: u64) -> io::Result<GuestRegionMmap> {
+fn map(address: u64, size: u64, file: File, offset: u64) -> io::Result<Mapped> {
     let region = format!("memory region of {size:#x} bytes at {address:#x}");
     let length = usize::try_from(size).map_err(|_| invalid(format!("{region} does not fit this process")))?;
     let mapping = MmapRegion::from_file(FileOffset::new(file, offset), length).map_err(|error| match error {
         vm_memory::mmap::MmapRegionError::Mmap(error) => error,
         other => invalid(format!("{region}: {other}")),
     })?;
-    GuestRegionMmap::new(mapping, GuestAddress(address))
-        .ok_or_else(|| invalid(format!("{region} passes the end of the address space")))
+    let region = GuestRegionMmap::new(mapping, GuestAddress(address))
+        .ok_or_else(|| invalid(format!("{region} passes the end of the address space")))?;
+    Ok(Mapped { _watch: Watch::new(region.as_ptr(), length)?, region })
 }
 
 fn invalid(message: String) -> io::Error {
