@@ -227,6 +227,15 @@ def test_a3_driver_ok_again_assigns_nothing(guest: Guest) -> None:
     assert echo(driver.echoq[1]) == b"hello"
 
 
+def test_a3_starting_again_does_not_try_again_what_failed(guest: Guest) -> None:
+    guest.accel.fail_ioeventfd_at = {0: errno.ENOSPC}
+    driver = guest.plug(Echo(2), ioeventfd=True)
+    assigns = guest.accel.assigns
+    notifiers_of(driver).start()
+    assert guest.accel.assigns == assigns
+    assert all("ENOSPC" in mode for mode in modes(driver))
+
+
 def test_a3_stopping_twice_is_stopping_once(guest: Guest) -> None:
     driver = guest.plug(Echo(2), ioeventfd=True)
     for _ in range(2):
@@ -523,6 +532,24 @@ def test_a7_a_kick_during_the_give_back_is_served(guest: Guest) -> None:
         buffers.append(driver.echoq.add(b"hello", 5))
         driver.echoq.kick()
         assert {buffer.wait() for buffer in buffers} <= {b"hello", b"vhost"}
+
+
+def test_a7_a_kick_that_vhost_took_and_did_not_serve_is_served(guest: Guest) -> None:
+    driver = guest.plug(Echo())
+    vq = queues_of(driver)[0]
+    notifiers_of(driver).grab()
+    buffer = driver.echoq.add(b"hello", 5)
+    driver.echoq.publish()
+    driver.echoq.notify()
+    wait_for_quiet(guest)
+    assert os.eventfd_read(vq.kick_fd) > 0
+    notifiers_of(driver).release()
+    assert buffer.wait() == b"hello"
+
+
+def wait_for_quiet(guest: Guest) -> None:
+    """Let the I/O thread finish what it is at: it serves one queue after the other."""
+    assert echo(guest.plug(Echo(), ioeventfd=True).echoq) == b"hello"
 
 
 def test_a7_grabs_are_counted(guest: Guest) -> None:
