@@ -24,7 +24,7 @@ def draw(results: Results, path: Path) -> None:
         speed.set_title(f"backend: {name}")
         _bars(speed, rows, [row.reads_per_second for row in rows], "{:,.0f}")
         _bars(left, rows, [row.cpu_left for row in rows], "{:.0%}")
-        left.set_ylim(0, 1)
+        left.set_ylim(0, 1.1 * max(1, *(row.cpu_left.high for row in results.rows())))
         left.yaxis.set_major_formatter("{x:.0%}")
         left.set_xlabel("concurrent readers")
     axes[0][0].set_ylabel("reads per second (4 KiB)")
