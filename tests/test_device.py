@@ -3,7 +3,6 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import LittleEndianStructure, c_uint16, c_uint32
 
 import pytest
 
@@ -12,21 +11,12 @@ from pyvirtio.testing import Guest
 from pyvirtio.testing.queue import HANG
 
 
-class ThermometerConfig(LittleEndianStructure):
-    """The temperature, twice."""
-
-    _pack_ = 1
-    _fields_ = (("millikelvin", c_uint32), ("again", c_uint32), ("unit", c_uint16))
-
-
-class Thermometer(Device, id=63, config=ThermometerConfig):
+class Echo(Device, id=63):
     """Its queues echo what they get; the second one backwards."""
 
     def __init__(self) -> None:
-        self.config.unit = 75
         self.features: int | None = None
         self.resets = 0
-        self.written: list[tuple[int, bytes]] = []
 
     @queue(size=8)
     def echoq(self, vq: VirtQueue) -> None:
@@ -40,19 +30,11 @@ class Thermometer(Device, id=63, config=ThermometerConfig):
             chain.write(chain.read()[::-1])
             chain.complete()
 
-    def measured(self, millikelvin: int) -> None:
-        with self.update_config() as config:
-            config.millikelvin = millikelvin
-            config.again = millikelvin
-
     def activate(self, features: int) -> None:
         self.features = features
 
     def reset(self) -> None:
         self.resets += 1
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        self.written.append((offset, data))
 
 
 class Keeper(Device, id=63):
@@ -94,20 +76,20 @@ def ask(driver_queue: object, data: bytes) -> bytes:
 
 
 def test_queues_have_the_order_and_the_sizes_of_the_class(guest: Guest) -> None:
-    driver = guest.plug(Thermometer())
+    driver = guest.plug(Echo())
     assert [q.name for q in driver.queues] == ["echoq", "backwardsq"]
     assert [q.ring.size for q in driver.queues] == [8, 16]
     assert driver.common.num_queues == 2
 
 
 def test_each_queue_has_its_own_handler(guest: Guest) -> None:
-    driver = guest.plug(Thermometer())
+    driver = guest.plug(Echo())
     assert ask(driver.echoq, b"abc") == b"abc"
     assert ask(driver.backwardsq, b"abc") == b"cba"
 
 
 def test_a_subclass_adds_queues_behind_those_of_its_base(guest: Guest) -> None:
-    class More(Thermometer):
+    class More(Echo):
         """One more queue."""
 
         @queue(size=4)
@@ -144,7 +126,7 @@ def test_a_device_without_queues_is_refused() -> None:
 
 
 def test_activate_sees_the_agreed_features_and_reset_the_end(guest: Guest) -> None:
-    device = Thermometer()
+    device = Echo()
     driver = guest.plug(device)
     assert device.features == driver.features
     assert device.resets == 0
@@ -152,57 +134,6 @@ def test_activate_sees_the_agreed_features_and_reset_the_end(guest: Guest) -> No
     assert device.resets == 1
     guest.unplug(driver)
     assert device.resets == 1
-
-
-def test_configuration_is_readable_at_every_width_and_zero_past_its_end(guest: Guest) -> None:
-    device = Thermometer()
-    device.config.millikelvin = 0x11223344
-    config = guest.plug(device).config
-    assert (config.millikelvin, config.unit) == (0x11223344, 75)
-    assert [config.read(n, 1) for n in range(4)] == [0x44, 0x33, 0x22, 0x11]
-    assert [config.read(n, 2) for n in (0, 2)] == [0x3344, 0x1122]
-    assert config.read(64, 4) == 0
-
-
-def test_update_config_tells_the_driver_once(guest: Guest) -> None:
-    device = Thermometer()
-    driver = guest.plug(device)
-    generation = driver.common.config_generation
-    device.measured(300_000)
-    assert driver.config_interrupts == 1
-    assert driver.common.config_generation != generation
-    assert (driver.config.millikelvin, driver.config.again) == (300_000, 300_000)
-
-
-def test_update_config_says_nothing_before_the_driver_is_up(guest: Guest) -> None:
-    device = Thermometer()
-    driver = guest.plug(device, start=False)
-    device.measured(300_000)
-    driver.start()
-    assert driver.config_interrupts == 0
-    assert driver.config.millikelvin == 300_000
-
-
-def test_a_failed_update_of_the_config_changes_nothing(guest: Guest) -> None:
-    device = Thermometer()
-    driver = guest.plug(device)
-
-    def measure() -> None:
-        with device.update_config() as config:
-            config.millikelvin = 1
-            raise RuntimeError("sensor")
-
-    with pytest.raises(RuntimeError, match="sensor"):
-        measure()
-    assert driver.config.millikelvin == 0
-    assert driver.config_interrupts == 0
-
-
-def test_writes_to_the_configuration_reach_the_device(guest: Guest) -> None:
-    device = Thermometer()
-    driver = guest.plug(device)
-    driver.config.unit = 70
-    assert device.written == [(8, b"\x46\0")]
 
 
 def test_completion_in_any_order_and_from_any_thread(guest: Guest) -> None:
@@ -283,7 +214,7 @@ def test_a_defect_in_a_handler_breaks_the_device_until_its_reset(
     guest: Guest, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = Broken()
-    driver, other = guest.plug(device), guest.plug(Thermometer())
+    driver, other = guest.plug(device), guest.plug(Echo())
     driver.requestq.add(b"x", 1)
     driver.requestq.kick()
     assert "KeyError" in driver.wait_needs_reset()

@@ -1,4 +1,4 @@
-"""Hostile use of the eventfds. A failing assign, a pending kick at detach and vhost are in tests/test_notifiers.py."""
+"""Hostile use of the eventfds. A failing assign, a pending kick at detach and vhost are in tests/notifiers."""
 
 import os
 import threading
