@@ -98,7 +98,7 @@ def test_the_modern_bar_is_64_bit_prefetchable_memory(guest: Guest) -> None:
 
 def test_one_aligned_capability_of_each_kind(guest: Guest) -> None:
     rng = guest.plug(Rng(), start=False)
-    found = list(rng.pci.capabilities())
+    found = list(rng.pci.capabilities)
     assert sorted(cap.id for cap in found) == [VENDOR] * 5 + [MSIX_CAP, ADVANCED_FEATURES]
     assert all(cap.offset % 4 == 0 for cap in found)
     for kind in (COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG):

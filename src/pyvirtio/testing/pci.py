@@ -6,6 +6,7 @@ Nothing here knows the device's side; every access takes the path of a vCPU's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -151,7 +152,12 @@ class Pci:
             self.write(BAR0 + 4 * bar + 4, 4, address >> 32)
         self.bars[bar].base = address
 
-    def capabilities(self) -> Iterator[Capability]:
+    @cached_property
+    def capabilities(self) -> list[Capability]:
+        """The capability list, which does not change."""
+        return list(self._walk())
+
+    def _walk(self) -> Iterator[Capability]:
         offset = self.read(CAPABILITY_POINTER, 1)
         while offset:
             yield Capability(offset, self.read(offset, 1))
@@ -159,7 +165,7 @@ class Pci:
 
     def capability(self, id_: int) -> int | None:
         """The offset of the first capability with this id."""
-        return next((cap.offset for cap in self.capabilities() if cap.id == id_), None)
+        return next((cap.offset for cap in self.capabilities if cap.id == id_), None)
 
 
 class Msix:

@@ -55,7 +55,7 @@ def structures(pci: Pci, kind: int) -> list[Structure]:
     """Those of one `cfg_type`, in the order of the capability list."""
     return [
         Structure(cap.offset, pci.read(cap.offset + 4, 1), pci.read(cap.offset + 8, 4), pci.read(cap.offset + 12, 4))
-        for cap in pci.capabilities()
+        for cap in pci.capabilities
         if cap.id == VENDOR_SPECIFIC and pci.read(cap.offset + 3, 1) == kind
     ]
 
