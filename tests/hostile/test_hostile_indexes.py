@@ -92,7 +92,7 @@ def test_a_kick_storm_grows_nothing(direct: Attack) -> None:
     for _ in range(10_000):
         direct.queue.notify()
     fds_after, resident_after = held()
-    assert fds_after == fds
+    assert fds_after <= fds
     assert resident_after - resident <= 16 << 20
     assert echo(direct.queue) == b"hello"
     direct.recovers()
