@@ -85,6 +85,15 @@ class Results:
             interrupts=sum(w.interrupts for w in windows),
         )
 
+    def speedup(self, backend: str, readers: int) -> Spread:
+        """Reads per second with ioeventfd on relative to off, each pair in the same round."""
+        speed = {
+            (w.load.round, w.load.ioeventfd): w.chains / w.seconds
+            for w in self.windows
+            if (w.load.backend, w.load.readers) == (backend, readers)
+        }
+        return Spread.of(speed[round, True] / max(speed[round, False], 1e-9) for round, on in speed if on)
+
     def problems(self) -> list[str]:
         """Which of the demo's promises were broken, one line for each."""
         problems = []
