@@ -162,6 +162,18 @@ build_extension() {
     echo "$hash" >.venv/built
 }
 
+# What draws the demo's figures, at the versions that pyproject.toml names.
+install_plot() {
+    .venv/bin/python -c 'import matplotlib' 2>/dev/null && return
+    say "installing the Python packages of the extra plot"
+    local packages
+    packages=$(.venv/bin/python -c '
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["plot"])')
+    # shellcheck disable=SC2086
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $packages || fail "pip could not install $packages"
+}
+
 set_up() {
     [ "$(uname -sm)" = "Linux x86_64" ] || fail "this is $(uname -sm); Linux x86_64 is needed"
     install_missing

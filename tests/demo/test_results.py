@@ -55,7 +55,9 @@ def test_rows_come_by_backend_and_readers_off_before_on(results: Results) -> Non
 
 def test_kept_promises_are_no_problem(results: Results) -> None:
     assert results.problems() == []
-    assert "With 8 readers of a plain file, ioeventfd gives 3.0 (3.0-3.0) times the reads per second." in summary(results)
+    assert "With 8 readers of a plain file, ioeventfd gives 3.0 (3.0-3.0) times the reads per second." in summary(
+        results
+    )
 
 
 def test_wrong_data_is_a_problem(results: Results) -> None:

@@ -4,43 +4,13 @@ The boot sector reads one half of the disk with ioeventfd off, tells the machine
 """
 
 import os
-import struct
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bootdisk
 import pytest
-from code16 import (
-    CLI,
-    HLT,
-    MOV_AL_AH,
-    MOV_DS_AX,
-    MOV_SS_AX,
-    OUT_DX_AL,
-    STI,
-    XOR_AX_AX,
-    add_ax_to,
-    assemble,
-    cmp_ax,
-    dec_word,
-    inc_word,
-    interrupt,
-    jc,
-    jmp,
-    jnz,
-    label,
-    load_ax,
-    load_dl,
-    mov_ah,
-    mov_ax_from,
-    mov_dx,
-    mov_si,
-    mov_sp,
-    out,
-    out_word,
-    store_dl,
-    text,
-)
+from code16 import out, out_word
 
 from pyvirtio.backends.block import File
 from pyvirtio.devices.blk import Blk
@@ -60,44 +30,8 @@ pytestmark = [
 
 HALF = 250
 """Sectors that the boot sector reads in each mode."""
-BOOT_SECTOR = 0x7C00
-BUFFER = 0x8000
 SWITCH_PORT = 0x8F0
-COM1 = layout.COM1_PORT
-
-
-def boot_sector() -> bytes:
-    """Reads sectors 1 to 2 * HALF by int 13h (extended read, AH = 42h) and prints the sum of their first words."""
-    packet = struct.pack("<BBHHH", 16, 0, 1, BUFFER, 0)
-    code = assemble(
-        BOOT_SECTOR,
-        *(CLI, XOR_AX_AX, MOV_DS_AX, MOV_SS_AX, mov_sp(BOOT_SECTOR), STI, store_dl("drive")),
-        label("next"),
-        *(mov_si("packet"), load_dl("drive"), mov_ah(0x42), interrupt(0x13), jc("failed")),
-        *(mov_ax_from(BUFFER), add_ax_to("sum"), inc_word("sector"), dec_word("left")),
-        *(load_ax("left"), cmp_ax(HALF), jnz("go on"), out(SWITCH_PORT, 1)),
-        label("go on"),
-        *(load_ax("left"), cmp_ax(0), jnz("next")),
-        *(text(COM1, "sum "), load_ax("sum"), mov_dx(COM1), OUT_DX_AL, MOV_AL_AH, OUT_DX_AL),
-        label("off"),
-        *(out_word(layout.PM_CONTROL_PORT, 1 << 13 | 5 << 10), HLT, jmp("off")),
-        label("failed"),
-        *(text(COM1, "failed"), jmp("off")),
-        *(label("packet"), packet, label("sector"), struct.pack("<Q", 1)),
-        *(label("drive"), b"\0", label("sum"), b"\0\0", label("left"), struct.pack("<H", 2 * HALF)),
-    )
-    assert len(code) <= 510
-    return code.ljust(510, b"\0") + b"\x55\xaa"
-
-
-def first_word(sector: int) -> int:
-    return sector * 7919 & 0xFFFF
-
-
-def disk() -> bytes:
-    """A bootable disk of 1 MiB; each sector is full of its `first_word`."""
-    sectors = (struct.pack("<H", first_word(sector)) * 256 for sector in range(1, 2048))
-    return boot_sector() + b"".join(sectors)
+POWER_OFF = out_word(layout.PM_CONTROL_PORT, 1 << 13 | 5 << 10)
 
 
 @dataclass
@@ -145,7 +79,7 @@ class Boot:
 @pytest.fixture(scope="module", params=["legacy", "modern"])
 def boot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Boot:
     image = tmp_path_factory.mktemp("seabios") / "disk.img"
-    image.write_bytes(disk())
+    image.write_bytes(bootdisk.image(2 * HALF, leave=POWER_OFF, halfway=out(SWITCH_PORT, 1)))
     read, write = os.pipe()
     with Machine(Firmware.read(SEABIOS), memory=64 * MIB, console_fd=write) as machine:
         os.close(write)
@@ -168,8 +102,7 @@ def run_guarded(machine: Machine) -> Outcome:
 
 
 def test_boots_and_reads_what_is_on_the_disk(boot: Boot) -> None:
-    total = sum(first_word(sector) for sector in range(1, 2 * HALF + 1)) & 0xFFFF
-    assert boot.printed == b"sum " + struct.pack("<H", total)
+    assert boot.printed == bootdisk.answer(2 * HALF)
     assert boot.outcome is Outcome.POWEROFF
 
 
