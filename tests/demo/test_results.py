@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
@@ -45,6 +45,11 @@ def test_a_row_has_the_median_and_the_spread_of_all_rounds(results: Results) -> 
     assert (row.reads, row.wakeups, row.notify_exits) == (900, 200, 0)
     assert row.batch == 4.5
     assert results.row("slow", 8, False).batch == 3.0  # for each exit
+
+
+def test_a_thread_that_never_slept_has_no_batches(results: Results) -> None:
+    awake = replace(results, windows=[replace(window, wakeups=0) for window in results.windows])
+    assert awake.row("slow", 8, True).batch is None
 
 
 def test_rows_come_by_backend_and_readers_off_before_on(results: Results) -> None:

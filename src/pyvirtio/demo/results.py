@@ -27,7 +27,8 @@ class Row:
     """One load over all rounds.
 
     `cpu_left` is the speed of the counting process relative to its best speed while a disk is idle. Counts are sums of
-    all rounds; `batch` is how many requests a wake-up served or, with ioeventfd off, a notify exit.
+    all rounds; `batch` is how many requests a wake-up served or, with ioeventfd off, a notify exit; None
+    if there was none, because the I/O thread always had more to do.
     """
 
     backend: str
@@ -39,7 +40,7 @@ class Row:
     notify_exits: int
     kicks: int
     wakeups: int
-    batch: float
+    batch: float | None
     interrupts: int
 
 
@@ -73,6 +74,7 @@ class Results:
         windows = [w for w in self.windows if (w.load.backend, w.load.readers, w.load.ioeventfd) == load]
         undisturbed = max(w.counted_per_second for w in self.windows if not w.load.readers)
         reads, exits, wakeups = (sum(getattr(w, name) for w in windows) for name in ("chains", "notifies", "wakeups"))
+        occasions = wakeups if ioeventfd else exits
         return Row(
             *load,
             reads_per_second=Spread.of(w.chains / w.seconds for w in windows),
@@ -81,7 +83,7 @@ class Results:
             notify_exits=exits,
             kicks=sum(w.kicks for w in windows),
             wakeups=wakeups,
-            batch=reads / max(1, wakeups if ioeventfd else exits),
+            batch=reads / occasions if occasions else None,
             interrupts=sum(w.interrupts for w in windows),
         )
 

@@ -22,7 +22,8 @@ def table(results: Results) -> RenderableType:
         *(_backend(backend, results) for backend in NAMES),
         Text(
             f"Speeds are medians (lowest-highest) of {rounds} rounds, counts are sums. vCPU left: speed of a process "
-            "that only counts, relative to its speed beside an idle disk. Batch: requests for each wake-up or exit.\n",
+            "that only counts, relative to its speed beside an idle disk. Batch: requests for each wake-up or exit; "
+            "- if the I/O thread never slept.\n",
             "dim",
         ),
         *(Text(line) for line in summary(results)),
@@ -51,7 +52,7 @@ def _cells(row: Row) -> list[Text]:
         Text(f"{row.notify_exits:,}", "red" if wrong else style),
         Text(f"{row.kicks:,}", style),
         Text(f"{row.wakeups:,}", style),
-        Text(f"{row.batch:.1f}", style),
+        Text("-" if row.batch is None else f"{row.batch:.1f}", style),
         Text(f"{row.interrupts:,}", style),
     ]
 
