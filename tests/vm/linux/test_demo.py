@@ -19,5 +19,5 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     for row in results.rows():
         assert row.reads > 0
         assert row.interrupts > 0
-        assert (row.wakeups > 0) is row.ioeventfd
+        assert row.ioeventfd or not row.wakeups
         assert (row.notify_exits > 0) is not row.ioeventfd
