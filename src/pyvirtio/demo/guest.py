@@ -84,10 +84,13 @@ class LinuxGuest:
         self.type(line)
         return self._finish(line, on_line, timeout)
 
-    def type(self, line: str) -> None:
+    def type(self, line: str, timeout: float = 60) -> None:
         """Send a line without waiting for its end."""
         data = line.encode() + b"\n"
+        deadline = time.monotonic() + timeout
         while data and self._thread.is_alive():
+            if time.monotonic() > deadline:
+                raise GuestFailed(f"the guest takes no input: {line}")
             data = data[self.machine.serial.receive(data) :]
             if data:
                 time.sleep(_FIFO_FULL_SECONDS)
