@@ -27,7 +27,7 @@ def resident() -> dict[str, float]:
 
 def boot(started: float) -> dict[str, float]:
     """Boot one guest; what it took since `started` (a monotonic time)."""
-    from pyvirtio.demo.guest import LinuxGuest
+    from pyvirtio.testing.linux import LinuxGuest
 
     with LinuxGuest() as guest:
         built = time.monotonic()

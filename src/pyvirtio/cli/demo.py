@@ -102,8 +102,8 @@ class EventLines:
 
 
 def _run_here(plan: "Plan", report: "Report") -> int:
-    from pyvirtio.demo.guest import GuestFailed
     from pyvirtio.demo.measure import measure
+    from pyvirtio.testing.linux import GuestFailed
 
     try:
         measure(plan, report)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
-from pyvirtio.demo.guest import GuestFailed, LinuxGuest
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
+from pyvirtio.testing.linux import GuestFailed, LinuxGuest
 from pyvirtio.transports.pci import VirtioPci
 
 SLOW_SECONDS = 0.003

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from pyvirtio.backends.block import File
-from pyvirtio.demo.guest import LinuxGuest
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
+from pyvirtio.testing.linux import LinuxGuest
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm.machine import Outcome
 

@@ -2,14 +2,17 @@
 
 import os
 import select
+import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Self
+from typing import Any, Self
 
+from pyvirtio.device import Device
 from pyvirtio.lab import initrd
 from pyvirtio.lab.kernel import InstalledKernel, find_kernel
+from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm.boot import Kernel, LinuxBoot
 from pyvirtio.vmm.machine import Machine, Outcome
 
@@ -33,7 +36,7 @@ class GuestFailed(Exception):
 class LinuxGuest:
     """A machine with an installed kernel, busybox and a shell that takes its lines from `run`.
 
-    Add devices to `machine`, then `boot`. A context manager: leaving it ends the machine. `functions` is shell text
+    `plug` devices, then `boot`. A context manager: leaving it ends the machine. `functions` is shell text
     that defines what the lines may call. All methods belong to one thread.
     """
 
@@ -48,7 +51,7 @@ class LinuxGuest:
         append: str = "",
     ) -> None:
         self.kernel = kernel or find_kernel()
-        init = files("pyvirtio.demo").joinpath("guest.sh").read_text()
+        init = files("pyvirtio.testing").joinpath("linux.sh").read_text()
         first_files = initrd.build(self.kernel, init, modules=modules, files={"etc/functions": functions})
         boot = LinuxBoot(Kernel.read(self.kernel.image), first_files, f"{APPEND} {append}".encode(), memory)
         self._reader, self._writer = os.pipe()
@@ -67,6 +70,11 @@ class LinuxGuest:
         self.machine.close()
         os.close(self._reader)
 
+    def plug(self, device: Device, name: str | None = None, **properties: Any) -> VirtioPci:
+        """Add a device before the guest boots; `properties` are those of virtio-pci."""
+        name = name or f"{type(device).__name__.lower()}{len(self.machine.devices)}"
+        return self.machine.add(device, name, **properties)
+
     def boot(self, timeout: float = 300) -> str:
         """Start the machine and wait for the shell; return what the kernel said on the way."""
         self._thread.start()
@@ -83,6 +91,17 @@ class LinuxGuest:
         """
         self.type(line)
         return self._finish(line, on_line, timeout)
+
+    def mark(self, text: str) -> None:
+        """Write a line into the kernel's log: `dmesg` can start there."""
+        self.run(f"echo {shlex.quote(text)} >/dev/kmsg")
+
+    def dmesg(self, since: str | None = None) -> str:
+        """The kernel's log, or what came after the last mark with that text; `ValueError` if there is none."""
+        lines = self.run("dmesg").splitlines()
+        if since is not None:
+            lines = lines[1 + max(n for n, line in enumerate(lines) if line.endswith(f"] {since}")) :]
+        return "\n".join(lines)
 
     def type(self, line: str, timeout: float = 60) -> None:
         """Send a line without waiting for its end."""
