@@ -22,6 +22,7 @@ __all__ = [
     "Vcpu",
     "VirtQueue",
     "Vm",
+    "Watch",
     "supported",
     "tsc",
 ]
@@ -240,6 +241,20 @@ class IoThread:
     def add_kick(self, vq: VirtQueue, fd: int) -> Kick:
         """Serve a queue that was added also whenever `fd` is signalled, which is duplicated and never read."""
     def remove(self, vq: VirtQueue) -> None: ...
+    def watch(self, fd: int, callback: Callable[[], object]) -> Watch:
+        """Call `callback` on the I/O thread whenever `fd` (duplicated) is readable, again and again while it is.
+
+        Now and then it is not: never block. An exception is logged and disarms the watch. `OSError` if epoll refuses.
+        """
+
+@final
+class Watch:
+    """An fd that an I/O thread waits for, armed at first. Its owner must close it. Any thread, also in the callback."""
+
+    def arm(self) -> None: ...
+    def disarm(self) -> None:
+        """No call begins from now on; one that runs already is not waited for. The same for `close`."""
+    def close(self) -> None: ...
 
 @final
 class Kick:

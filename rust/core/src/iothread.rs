@@ -5,7 +5,7 @@
 //! went to sleep would have been caught by looking longer, so the window grows; one that came later than the
 //! longest window allowed would not, so the window shrinks and an idle thread costs nothing.
 
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::queue::VirtQueue;
 use crate::sync::{duplicate, EventFd};
+use crate::watch::Watcher;
 
 /// The first window that a growing one gets.
 const FIRST_WINDOW_NS: u64 = 4000;
@@ -30,6 +31,14 @@ enum Source {
     Own(Arc<VirtQueue>),
     /// An fd that somebody else's kicks signal. Theirs to read and to make blocking, so it is never read.
     Foreign(Arc<VirtQueue>),
+    /// The fd of an armed watch.
+    Watched(Arc<dyn Watcher>),
+}
+
+/// What an event asks the loop to do.
+enum Work {
+    Serve(Arc<VirtQueue>),
+    Call(Arc<dyn Watcher>),
 }
 
 pub struct IoThread {
@@ -37,7 +46,7 @@ pub struct IoThread {
     wake: EventFd,
     closed: AtomicBool,
     window: Window,
-    /// The polled queues by eventfd. Never locked while a queue is served.
+    /// The polled queues by eventfd, and the armed watches. Never locked while a queue is served or a watcher called.
     sources: Mutex<HashMap<RawFd, Source>>,
     /// Counts `remove`, so that the loop notices cheaply.
     removals: AtomicU64,
@@ -109,6 +118,25 @@ impl IoThread {
         }
     }
 
+    pub(crate) fn arm(&self, fd: RawFd, events: EventSet, watcher: &Arc<dyn Watcher>) -> io::Result<()> {
+        let mut sources = self.sources();
+        if let Entry::Vacant(place) = sources.entry(fd) {
+            self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, fd as u64))?;
+            place.insert(Source::Watched(watcher.clone()));
+        }
+        Ok(())
+    }
+
+    /// Deletes the fd from the epoll set: one that waits for nothing would still be reported for a hangup.
+    pub(crate) fn disarm(&self, fd: RawFd, watcher: &Arc<dyn Watcher>) {
+        let mut sources = self.sources();
+        if matches!(sources.get(&fd), Some(Source::Watched(armed)) if Arc::ptr_eq(armed, watcher)) {
+            sources.remove(&fd);
+            // It cannot fail: the fd is open as long as its watch, and was added.
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+    }
+
     /// Make `run` return soon. Any thread.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
@@ -136,14 +164,15 @@ impl IoThread {
 }
 
 impl Source {
-    /// The queue, if there is a kick to take.
-    fn kicked(&self) -> Option<Arc<VirtQueue>> {
+    /// What there is to do, if there is a kick to take or a watcher to call.
+    fn work(&self) -> Option<Work> {
         match self {
-            Self::Own(vq) => vq.take_kick().then(|| vq.clone()),
+            Self::Own(vq) => vq.take_kick().then(|| Work::Serve(vq.clone())),
             Self::Foreign(vq) => {
                 vq.count_kick();
-                Some(vq.clone())
+                Some(Work::Serve(vq.clone()))
             }
+            Self::Watched(watcher) => Some(Work::Call(watcher.clone())),
         }
     }
 }
@@ -206,7 +235,8 @@ impl Hot<'_> {
         Ok(false)
     }
 
-    /// Add the queues whose eventfd is signalled; true if there are any. The timeout is in milliseconds.
+    /// Add the queues whose eventfd is signalled and call the watchers whose fd is ready; true if there are any.
+    /// The timeout is in milliseconds.
     fn wait(&mut self, timeout: i32) -> io::Result<bool> {
         let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
         let count = match self.thread.epoll.wait(timeout, &mut events) {
@@ -216,9 +246,11 @@ impl Hot<'_> {
         for event in &events[..count] {
             // Removed since, or the kick was taken by a detach: both are legal. Taken under the lock: after a
             // `remove` the kick belongs to whoever polls the eventfd then.
-            let vq = self.thread.sources().get(&event.fd()).and_then(Source::kicked);
-            if let Some(vq) = vq {
-                self.add(vq);
+            let work = self.thread.sources().get(&event.fd()).and_then(Source::work);
+            match work {
+                Some(Work::Serve(vq)) => self.add(vq),
+                Some(Work::Call(watcher)) if !watcher.ready() => self.thread.disarm(event.fd(), &watcher),
+                _ => (),
             }
         }
         Ok(count > 0)

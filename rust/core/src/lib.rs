@@ -15,6 +15,7 @@ pub mod queue;
 mod sigbus;
 pub mod sync;
 mod tsc;
+pub mod watch;
 
 pub use chain::{Chain, ChainError};
 pub use device_state::DeviceState;
@@ -23,6 +24,7 @@ pub use iothread::IoThread;
 pub use memory::GuestMemory;
 pub use queue::{Handler, RingConfig, VirtQueue};
 pub use tsc::tsc;
+pub use watch::{Watch, Watcher};
 
 /// The guest broke the rules of virtio; the text names the thing, the value and the limit.
 #[derive(Debug, Clone, PartialEq, Eq)]

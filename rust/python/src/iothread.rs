@@ -1,11 +1,13 @@
 //! `IoThread`.
 
 use std::os::fd::{OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
+use pyvirtio_core::Watcher;
 
 use crate::errors::os_error;
+use crate::logging;
 use crate::queue::VirtQueue;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
@@ -51,6 +53,11 @@ impl IoThread {
     fn remove(&self, vq: &VirtQueue) {
         self.0.remove(&vq.inner);
     }
+
+    fn watch(&self, fd: RawFd, callback: Py<PyAny>) -> PyResult<Watch> {
+        let watch = self.0.watch(fd, Arc::new(Callback(callback))).map_err(os_error)?;
+        Ok(Watch(Mutex::new(Some(watch))))
+    }
 }
 
 /// A foreign kick fd in the epoll set of an I/O thread.
@@ -72,5 +79,48 @@ impl Kick {
 impl Drop for Kick {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// An fd that an I/O thread waits for on behalf of Python.
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct Watch(Mutex<Option<pyvirtio_core::Watch>>);
+
+impl Watch {
+    fn open(&self) -> MutexGuard<'_, Option<pyvirtio_core::Watch>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Watch {
+    fn arm(&self) -> PyResult<()> {
+        self.open().as_ref().map_or(Ok(()), |watch| watch.arm().map_err(os_error))
+    }
+
+    fn disarm(&self) {
+        if let Some(watch) = &*self.open() {
+            watch.disarm();
+        }
+    }
+
+    fn close(&self) {
+        let closed = self.open().take();
+        drop(closed);
+    }
+}
+
+/// Attaches once for each event.
+struct Callback(Py<PyAny>);
+
+impl Watcher for Callback {
+    fn ready(&self) -> bool {
+        Python::attach(|py| {
+            let result = self.0.call0(py);
+            if let Err(error) = &result {
+                logging::exception(py, "exception in the callback of a watch", error);
+            }
+            result.is_ok()
+        })
     }
 }

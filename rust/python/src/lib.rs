@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use crate::interrupt::{CallFd, IrqLine, Isr, MsixVector};
     #[pymodule_export]
-    use crate::iothread::{IoThread, Kick};
+    use crate::iothread::{IoThread, Kick, Watch};
     #[pymodule_export]
     use crate::kvm::{supported, Serial, Vcpu, Vm};
     #[pymodule_export]

@@ -9,3 +9,4 @@ mod memory;
 mod notifications;
 mod oracle;
 mod service;
+mod watches;
