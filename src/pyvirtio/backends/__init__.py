@@ -1,1 +1,1 @@
-"""What a device does its work on: disks for `blk`."""
+"""What a device does its work on: disks for `blk`, networks for `net`."""

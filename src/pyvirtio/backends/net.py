@@ -1,0 +1,93 @@
+"""Network backends: where the frames of a network device go, and where those for it come from."""
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal, Self
+
+from pyvirtio.spec import NetFeature
+
+Framing = Literal["tap", "datagram", "stream"]
+
+
+class NetBackend:
+    """A network. Either it opens file descriptors, and the core moves the frames without Python, or it is Python.
+
+    With file descriptors it sets `fds`, one for each queue pair, and says how to talk to them:
+
+    - `framing` is "tap" (one frame for each read and write), "datagram" (one for each message of a socket), or
+      "stream" (a 4-byte big-endian length before each frame);
+    - with `vnet_header` a 12-byte `struct virtio_net_hdr` (virtio 1.3, 5.1.6) stands before each frame, whatever
+      the driver negotiated. Only then are checksum and segmentation offloads offered to the driver.
+
+    They must be non-blocking, and stay the backend's: the core keeps duplicates.
+
+    A backend in Python defines `send(frame)`, which gets each Ethernet frame of the guest as bytes, on the I/O thread
+    of the queue it was sent on; for frames to the guest it calls `inject`. It sees no headers and offers no offloads.
+    """
+
+    named_by: ClassVar[str] = "a --netdev"
+    framing: Framing = "tap"
+    fds: Sequence[int] = ()
+    vnet_header: bool = False
+    uso: bool = False
+    """Whether UDP segments may be left to it as well; with a header TCP segments always may."""
+    mtu: int | None = None
+    """The largest payload of a frame, in bytes, if the network has a limit worth telling the driver."""
+    pcap: int | None = None
+    """File descriptor of a capture file: the core writes the frames of both directions to it."""
+
+    @property
+    def queue_pairs(self) -> int:
+        """How many queue pairs a device on this network can have at most."""
+        return max(1, len(self.fds))
+
+    def inject(self, frames: Iterable[bytes]) -> int:
+        """Send frames to the guest, from any thread; return how many were queued for it.
+
+        The queue is bounded: what it does not hold is dropped and counted by the device, as is everything while
+        no driver is up.
+        """
+        return self._inject(frames)
+
+    def connect(self, inject: Callable[[Iterable[bytes]], int]) -> None:
+        """A device took this backend: `inject` from now on leads to it."""
+        self._inject = inject
+
+    _inject: Callable[[Iterable[bytes]], int] = staticmethod(lambda _: 0)
+
+    def set_offload(self, features: NetFeature) -> None:
+        """The driver takes frames with these of the GUEST_ offloads, and no others."""
+
+    def set_queue_pairs(self, count: int) -> None:
+        """The driver uses the first `count` queue pairs: frames for it may come on these only."""
+
+    def close(self) -> None:
+        """Release what the backend holds of the host."""
+
+
+class Pair(NetBackend):
+    """One end of a cable between two devices; `Pair.ends()` makes both.
+
+    Offloads go through as they are: a segment larger than a frame for a driver that did not agree to them is
+    dropped by its device, and so are frames while the socket between the ends is full.
+    """
+
+    framing = "datagram"
+    vnet_header = True
+    uso = True
+
+    def __init__(self, end: socket.socket) -> None:
+        self.fds = [end.detach()]
+
+    @classmethod
+    def ends(cls) -> tuple[Self, Self]:
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (one, other):
+            end.setblocking(False)
+        return cls(one), cls(other)
+
+    def close(self) -> None:
+        fds, self.fds = self.fds, ()
+        for fd in fds:
+            os.close(fd)
