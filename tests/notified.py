@@ -10,7 +10,8 @@ from typing import Any
 
 from pyvirtio import Device, VirtQueue, queue
 from pyvirtio._core import VirtQueue as CoreQueue
-from pyvirtio.notifiers import HostNotifiers
+from pyvirtio.dataplane import start_ring
+from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.spec import DeviceId
 from pyvirtio.testing import VirtioDriver
 from pyvirtio.testing.queue import HANG, Queue
@@ -92,6 +93,11 @@ def function_level_reset(driver: VirtioDriver) -> None:
     driver.pci.write(advanced_features + 4, 1, 1)
 
 
+def nobody(vq: VirtQueue) -> Undo:
+    """Borrows the eventfds of a queue and does not serve it."""
+    return lambda: None
+
+
 class Vhost:
     """Stands in for kernel vhost: serves a queue of a device from its ring's position on, woken by the kick eventfd.
 
@@ -102,35 +108,44 @@ class Vhost:
     def __init__(self, driver: VirtioDriver, index: int = 0) -> None:
         self.driver, self.index = driver, index
         self.served = 0
-        dataplane, setup = driver.function.dataplane, driver.function.driver.setups[index]
-        self.vq = dataplane.queues[index]
-        self.own = CoreQueue(dataplane.state, f"vhost{index}", index, setup.size)
-        self.ring: dict[str, Any] = {"size": setup.size, "desc": setup.desc, "avail": setup.avail, "used": setup.used}
-        self.ring["event_idx"] = driver.echoq.ring.event_idx if index == 0 and len(driver.queues) == 1 else False
-        self.stopped = os.eventfd(0)
-        self.thread = threading.Thread(target=self.run)
+        self.vq = driver.function.dataplane.queues[index]
+        self.own = CoreQueue(driver.function.dataplane.state, f"vhost{index}", index, self.vq.max_size)
 
     def take(self) -> None:
-        notifiers_of(self.driver).grab()
-        next_avail, next_used = self.restart(*self.vq.stop())
+        notifiers_of(self.driver).grab([self.index], self.serve)
+
+    def give_back(self) -> None:
+        notifiers_of(self.driver).release([self.index])
+
+    def serve(self, vq: VirtQueue) -> Undo:
+        assert vq is self.vq
+        self.stopped = os.eventfd(0)
+        self.thread = threading.Thread(target=self.run)
+        at = self.restart(*self.vq.stop())
         interrupts = self.driver.function.interrupts
         vector = interrupts.msix.vector(interrupts.queue_vectors[self.index]) if interrupts.msix else None
         self.own.set_interrupt(interrupts.isr, vector)
-        self.own.start(self.driver.guest.memory, self.handle, next_avail=next_avail, next_used=next_used, **self.ring)
+        start_ring(self.own, handler=self.handle, at=at, **self.ring)
         self.thread.start()
+        return self.stop
 
-    def give_back(self) -> None:
+    def stop(self) -> None:
         os.eventfd_write(self.stopped, 1)
         self.thread.join()
         os.close(self.stopped)
         self.vq.stop()
         self.restart(*self.own.stop())
-        notifiers_of(self.driver).release()
+
+    @property
+    def ring(self) -> dict[str, Any]:
+        state = self.driver.function.driver
+        ring = {"memory": state.memory, "setup": state.setups[self.index], "features": state.features}
+        return ring | {"legacy": state.legacy}
 
     def restart(self, next_avail: int, next_used: int) -> tuple[int, int]:
-        handler = self.driver.function.device.queues[self.index].handler
-        self.vq.start(self.driver.guest.memory, handler, next_avail=next_avail, next_used=next_used, **self.ring)
-        return next_avail, next_used
+        at = next_avail, next_used
+        self.driver.function.dataplane.start_queue(self.index, at=at, **self.ring)
+        return at
 
     def run(self) -> None:
         poll = select.poll()

@@ -28,32 +28,34 @@ class NotAttached(Exception):
         self.errno_name = name
 
 
-class Attachments:
-    """What has been attached to a set of queues: all of the ready ones, or none."""
+class NotLent(NotAttached):
+    """Vhost refused a queue."""
 
-    _undo: ExitStack | None = None
+
+class Attachments:
+    """What has been attached to which queue, and how to undo it."""
+
+    def __init__(self) -> None:
+        self._undo: dict[int, Undo] = {}
 
     def open(self, queues: Iterable[VirtQueue], attach: Attach) -> None:
-        """Attach to each ready queue; `NotAttached` if one refuses. Does nothing while open."""
-        if self._undo is not None:
-            return
+        """Attach to those of the queues to which nothing is yet; `NotAttached` if one refuses."""
+        for vq in queues:
+            if vq.index not in self._undo:
+                try:
+                    self._undo[vq.index] = attach(vq)
+                except OSError as error:
+                    raise NotAttached(vq, error) from error
+
+    def close(self, keep: Iterable[VirtQueue]) -> None:
+        """Undo each step, last first, except for the queues in `keep`."""
+        kept = {vq.index for vq in keep}
         with ExitStack() as undo:
-            for vq in queues:
-                if vq.ready:
-                    try:
-                        undo.callback(attach(vq))
-                    except OSError as error:
-                        raise NotAttached(vq, error) from error
-            self._undo = undo.pop_all()
+            for index in [index for index in self._undo if index not in kept]:
+                undo.callback(self._undo.pop(index))
 
-    def close(self) -> None:
-        """Undo each step, last first. Does nothing while closed."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
-
-    def __bool__(self) -> bool:
-        return self._undo is not None
+    def __contains__(self, index: int) -> bool:
+        return index in self._undo
 
 
 def _attach(vq: VirtQueue) -> Undo:
@@ -65,11 +67,11 @@ class HostNotifiers:
     """Carries a device's queue notifications from the guest to whoever serves its queues.
 
     Unassigned, a notify exits to userspace and the vCPU thread serves the queue. Assigned, KVM signals
-    the queue's eventfd and wakes the I/O thread, or vhost for as long as vhost has grabbed them.
+    the queue's eventfd and wakes the I/O thread, or vhost for as long as vhost has grabbed the queue.
 
     Three layers, opened in this order and closed in the other: `attached` (the eventfd is where kicks go, also those
-    that exit all the same), `assigned` (KVM signals it without an exit), `polled` (the I/O thread waits for it).
-    While BARs move only `assigned` goes away, so nothing is served twice and no kick is lost.
+    that exit all the same), `assigned` (KVM signals it without an exit), and either `polled` (the I/O thread waits for
+    it) or `lent` (vhost does). While BARs move only `assigned` goes away: nothing is served twice, no kick is lost.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class HostNotifiers:
         self._assign = assign
         self._poll = poll
         self._ioeventfd = ioeventfd
-        self._grabs = 0
+        self._borrowers: dict[int, Attach] = {}
+        self._refused = ""
         self._moving = False
         self._attached = Attachments()
         self._assigned = Attachments()
         self._polled = Attachments()
+        self._lent = Attachments()
         self._lock = RLock()
 
     @property
@@ -109,10 +113,10 @@ class HostNotifiers:
                 return
             self.running = True
             self.reasons = {}
+            self._refused = ""
             self._settle()
-            if not self._attached:
-                # Buffers may have been made available before; an attached eventfd starts out signalled.
-                self._serve_once()
+            # Buffers may have been made available before; an attached eventfd starts out signalled.
+            self._serve_unattached()
 
     def stop(self) -> None:
         """No kick is carried any more; one that is under way has been served when this returns."""
@@ -120,36 +124,35 @@ class HostNotifiers:
             self.running = False
             self._settle()
 
-    def grab(self) -> None:
-        """Lend the eventfds to kernel vhost: assigned, whatever `ioeventfd` says, not polled, and signalled. Counted.
+    def grab(self, queues: Iterable[int], serve: Attach) -> None:
+        """Lend the eventfds of queues to kernel vhost: assigned, whatever `ioeventfd` says, and not polled.
 
-        `OSError` if the eventfds cannot be assigned; then nothing was lent.
+        While the driver is up, `serve(vq)` has vhost serve the queue and returns how to stop that; the queue then has
+        the indexes at which vhost stopped. `OSError` if it fails or an eventfd cannot be assigned: then nothing was
+        lent. At a later DRIVER_OK a refusal of vhost is a warning, and that run is not lent.
         """
         with self._lock:
-            reasons, self.reasons = self.reasons, {}
-            self._grabs += 1
+            reasons, self.reasons, self._refused = self.reasons, {}, ""
+            borrowed = dict.fromkeys(queues, serve)
+            self._borrowers |= borrowed
             try:
                 self._open_and_close()
             except NotAttached as failure:
-                self._grabs -= 1
                 self.reasons = reasons
-                self._settle()
+                self.release(borrowed)
                 raise failure.error from failure
-            for vq in self.queues:
-                if vq.ready:
-                    vq.signal()  # the I/O thread may have taken a kick that it will not serve any more
 
-    def release(self) -> None:
-        """Take the eventfds back. Whoever was lent them has stopped, and restored the indexes of the queues."""
+    def release(self, queues: Iterable[int]) -> None:
+        """Take the eventfds of these queues back; vhost stops first."""
         with self._lock:
-            self._grabs -= 1
+            for index in queues:
+                self._borrowers.pop(index, None)
             self._settle()
-            if self.running and not self._attached:
-                self._serve_once()
+            if self.running:
+                self._serve_unattached()
 
-    @property
-    def grabbed(self) -> bool:
-        return self._grabs > 0
+    def grabbed(self, index: int) -> bool:
+        return index in self._borrowers and not self._refused
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -167,36 +170,45 @@ class HostNotifiers:
         """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), or - while it has no ring."""
         if not self.queues[index].ready:
             return "-"
-        mode = ("vhost" if self.grabbed else "ioeventfd") if self._attached else "sync"
-        reason = self.reasons.get(index)
+        mode = ("vhost" if index in self._lent else "ioeventfd") if index in self._attached else "sync"
+        reason = self.reasons.get(index) or (self._refused if index in self._borrowers else "")
         return f"{mode} ({reason})" if reason else mode
 
     def _settle(self) -> None:
-        """Make the eventfds what the flags ask for, or serve synchronously. Calling it twice changes nothing."""
+        """Make the eventfds what the flags ask for, or do without. Calling it twice changes nothing."""
         try:
             self._open_and_close()
+        except NotLent as failure:
+            self._refused = str(failure)
+            log.warning("%s: %s: no vhost (%s); the I/O thread serves", self.name, failure.vq.name, failure)
+            self._settle()
         except NotAttached as failure:
             self._explain(failure)
             self._open_and_close()
-            if not self._attached:
-                self._serve_once()
+            self._serve_unattached()
 
     def _open_and_close(self) -> None:
-        attach = self.running and (self.grabbed or (self._ioeventfd and not self.reasons))
-        assign = attach and not self._moving and not self.reasons  # without, a notify exits and signals the eventfd
-        poll = attach and not self.grabbed
-        if not poll:
-            self._polled.close()
-        if not assign:
-            self._assigned.close()
-        if not attach:
-            self._attached.close()
-        if attach:
-            self._attached.open(self.queues, _attach)
-        if assign:
-            self._assigned.open(self.queues, self._assign)
-        if poll:
-            self._polled.open(self.queues, self._poll)
+        ready = [vq for vq in self.queues if vq.ready and self.running]
+        lend = [vq for vq in ready if self.grabbed(vq.index)]
+        attach = ready if self._ioeventfd and not self.reasons else lend
+        assign = [] if self._moving or self.reasons else attach  # without, a notify exits and signals the eventfd
+        poll = [vq for vq in attach if not self.grabbed(vq.index)]
+        self._polled.close(keep=poll)
+        self._lent.close(keep=lend)
+        self._assigned.close(keep=assign)
+        self._attached.close(keep=attach)
+        self._attached.open(attach, _attach)
+        self._assigned.open(assign, self._assign)
+        self._polled.open(poll, self._poll)
+        self._lent.open(lend, self._lend)
+
+    def _lend(self, vq: VirtQueue) -> Undo:
+        try:
+            undo = self._borrowers[vq.index](vq)
+        except OSError as error:
+            raise NotLent(vq, error) from error
+        vq.signal()  # the I/O thread may have taken a kick that it will not serve any more
+        return undo
 
     def _explain(self, failure: NotAttached) -> None:
         """Keep why each queue is synchronous until the next DRIVER_OK, and say it once."""
@@ -211,6 +223,7 @@ class HostNotifiers:
             self.reasons[failure.vq.index],
         )
 
-    def _serve_once(self) -> None:
+    def _serve_unattached(self) -> None:
         for vq in self.queues:
-            vq.service()
+            if vq.index not in self._attached:
+                vq.service()

@@ -247,7 +247,7 @@ def test_without_decoding_there_is_no_ioeventfd(machine: KvmGuest, transport: In
 def test_vhost_borrows_the_ioeventfds_and_gives_them_back(machine: KvmGuest) -> None:
     driver = plug(machine, ioeventfd=False)
     notifiers = driver.function.dataplane.notifiers
-    notifiers.grab()
+    notifiers.grab([0], lambda _: lambda: None)
     vq, each = driver.function.dataplane.queues[0], driver.queues[0]
     os.eventfd_read(vq.kick_fd)  # what vhost does
     buffer = each.add(writable=8)
@@ -256,7 +256,7 @@ def test_vhost_borrows_the_ioeventfds_and_gives_them_back(machine: KvmGuest) -> 
     assert machine.accel.cpu.exits == before
     assert os.eventfd_read(vq.kick_fd) == 1
     assert not each.ring.used_idx, "nobody here serves it"
-    notifiers.release()
+    notifiers.release([0])
     vq.service()  # what whoever gives the queue back does
     assert buffer.wait(HANG) == b"stamp"
     assert serve_one(driver) == 1

@@ -280,11 +280,11 @@ def test_a_stop_waits_for_io_in_flight_and_a_read_does_not(guest: Guest, stop: C
 def test_reset_while_the_notifiers_are_grabbed(guest: Guest) -> None:
     rng = guest.plug(Rng(source=bytes))
     notifiers = rng.function.dataplane.notifiers
-    notifiers.grab()
+    notifiers.grab([0], lambda _: lambda: None)
     assert assigned(guest)
     rng.reset()
     assert assigned(guest) == set()
-    notifiers.release()
+    notifiers.release([0])
     rng.start()
     assert serves(rng)
 
