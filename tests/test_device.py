@@ -117,14 +117,6 @@ def test_a_queue_size_that_no_ring_can_have_is_refused(size: int) -> None:
         guest.plug(Odd())
 
 
-def test_a_device_without_queues_is_refused() -> None:
-    class Empty(Device, id=63):
-        """Nothing."""
-
-    with Guest() as guest, pytest.raises(ConfigError, match="0 queues"):
-        guest.plug(Empty())
-
-
 def test_activate_sees_the_agreed_features_and_reset_the_end(guest: Guest) -> None:
     device = Echo()
     driver = guest.plug(device)

@@ -134,7 +134,8 @@ class Chain:
     """
 
     @property
-    def head(self) -> int: ...
+    def head(self) -> int:
+        """The descriptor it starts with: tells apart the chains that are out."""
     @property
     def readable(self) -> int:
         """Bytes left to read."""
@@ -147,8 +148,19 @@ class Chain:
         """Read what `struct.calcsize(format)` asks for and unpack it; `GuestError` if the chain is shorter."""
     def write(self, data: Buffer) -> int:
         """Write as much of `data` as fits; return how many bytes did."""
+    def buffers(self) -> tuple[list[memoryview], list[memoryview]]:
+        """What is left to read and what is left to write, in place; both are passed over.
+
+        The views are guest memory itself, which the guest may change at any time: copy, then check. They are valid
+        until the handler returns; outside of it the call raises `RuntimeError`. `wrote` counts what was written.
+        """
+    def wrote(self, length: int) -> None:
+        """Count `length` bytes that were written through `buffers`; `ValueError` for more than it gave room for."""
     def complete(self) -> None:
-        """Give the chain back to the driver. A second call raises `RuntimeError`."""
+        """Give the chain back to the driver, with what was written as the used length.
+
+        In the handler it is published when that returns, elsewhere at once. A second call raises `RuntimeError`.
+        """
 
 @final
 class VirtQueue:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from ctypes import sizeof
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -13,6 +14,9 @@ from pyvirtio.errors import ConfigError
 from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.properties import Range
 from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, Feature
+
+MAX_DEVICE_ID = 63
+"""Device types end here on PCI (virtio 1.3, 4.1.2)."""
 
 log = logging.getLogger("pyvirtio")
 
@@ -67,17 +71,36 @@ class QueueSetup:
 
 
 def declared_queues(device: Device, most: int = MAX_QUEUES) -> list[Queue]:
-    """The queues of a device; `ConfigError` for what no transport can offer."""
+    """The queues of a device; `ConfigError` for a device that no transport can offer."""
+    kind = type(device).__name__
+    if not 1 <= device.id <= MAX_DEVICE_ID:
+        rule = f"write class {kind}(Device, id=1 to {MAX_DEVICE_ID})"
+        raise ConfigError(f"{device.name}: {kind} has the device type {device.id}; {rule}")
     queues = device.queues
-    if not 1 <= len(queues) <= most:
-        kind, count = type(device).__name__, len(queues)
-        raise ConfigError(f"{device.name}: {kind} has {count} queues, allowed are 1 to {most}")
+    if not queues:
+        rule = "declare each with @queue() on the method that serves it"
+        raise ConfigError(f"{device.name}: {kind} has no queue; {rule}")
+    if len(queues) > most:
+        raise ConfigError(f"{device.name}: {kind} has {len(queues)} queues, at most {most} are allowed")
+    _check_config(device)
     for q in queues:
         if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
             raise ConfigError(
                 f"{device.name}: {q.name} has size {q.size}; allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
             )
     return queues
+
+
+def _check_config(device: Device) -> None:
+    """The driver reads what `config_layout` says: that and `config_bytes` have to agree."""
+    if device.config_layout is None:
+        return
+    size, layout, kind = len(device.config_bytes()), device.config_layout, type(device).__name__
+    if size != sizeof(layout):
+        raise ConfigError(
+            f"{device.name}: {kind}.config_bytes() returns {size} bytes, its layout {layout.__name__} has "
+            f"{sizeof(layout)}"
+        )
 
 
 def start_ring(

@@ -4,17 +4,23 @@ A device declares its queues, features and configuration space and writes only b
 interrupt, no lock and no transport.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import LittleEndianStructure
+from ctypes import BigEndianStructure, LittleEndianStructure, sizeof
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, ClassVar, Self, TypeVar
 
 from pyvirtio._core import BlkPlane, VirtQueue
+from pyvirtio.errors import ConfigError
+from pyvirtio.properties import check_arguments
 
 Handler = Callable[[VirtQueue], object] | BlkPlane
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+MAX_CONFIG = 4096
+"""Bytes of configuration space that a transport has room for."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,20 @@ class _Declared:
     native: bool
 
     def of(self, device: object, name: str, method: Callable[..., Any]) -> Iterator[Queue]:
-        count = _number(device, self.count)
+        who = f"{type(device).__name__}.{name}"
+        count, size = _number(device, self.count, who), _number(device, self.size, who)
         handler = method() if self.native else method
         for index in range(count):
-            yield Queue(name if count == 1 else f"{name}{index}", _number(device, self.size), handler)
+            yield Queue(name if count == 1 else f"{name}{index}", size, handler)
 
 
-def _number(device: object, value: int | str) -> int:
-    return int(getattr(device, value)) if isinstance(value, str) else value
+def _number(device: object, value: int | str, who: str) -> int:
+    if not isinstance(value, str):
+        return value
+    number = getattr(device, value, None)
+    if not isinstance(number, int):
+        raise ConfigError(f"{who}: @queue names the attribute {value!r}, which is {number!r}; it has to be an integer")
+    return number
 
 
 def queue(size: int | str = 256, *, count: int | str = 1, native: bool = False) -> Callable[[Method], Method]:
@@ -53,8 +65,13 @@ def queue(size: int | str = 256, *, count: int | str = 1, native: bool = False) 
     queues with one handler; either may name an attribute. A `native` method does not serve the queue: it
     returns the plane of the core that does.
     """
+    if callable(size):
+        raise TypeError(f"{size.__qualname__}: write @queue() with parentheses")
 
     def declare(method: Method) -> Method:
+        wanted, parameters = ("(self)", 1) if native else ("(self, vq)", 2)
+        if len(inspect.signature(method).parameters) != parameters:
+            raise TypeError(f"{method.__qualname__}{inspect.signature(method)}: this handler is called as {wanted}")
         method._queue = _Declared(size, count, native)  # type: ignore[attr-defined]
         return method
 
@@ -92,10 +109,12 @@ class Device:
         if id is not None:
             cls.id = int(id)
         if config is not None:
+            _check_layout(cls.__name__, config)
             cls.config_layout = config
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
         # Not in __init__: a subclass need not call it.
+        check_arguments(cls, args, keywords)
         self = super().__new__(cls)
         self.config = cls.config_layout() if cls.config_layout else None
         self.config_generation = 0
@@ -138,3 +157,17 @@ class Device:
 
     def close(self) -> None:
         """Release what the device holds of the host; called once, after the last `reset`."""
+
+
+def _check_layout(device: str, layout: type[LittleEndianStructure]) -> None:
+    """`TypeError` for what cannot be the layout of a configuration space (virtio 1.3, 2.5)."""
+    # Where it is the host's own order, LittleEndianStructure is Structure, the base of both.
+    structure = isinstance(layout, type) and issubclass(layout, LittleEndianStructure)
+    if not structure or issubclass(layout, BigEndianStructure):
+        raise TypeError(f"{device}: config={layout!r}: the layout is a subclass of ctypes.LittleEndianStructure")
+    fields: Sequence[tuple[Any, ...]] = layout._fields_
+    padded = sizeof(layout) != sum(sizeof(field[1]) for field in fields)
+    if padded and getattr(layout, "_pack_", None) != 1:
+        raise TypeError(f"{device}: config={layout.__name__}: set _pack_ = 1, there is no padding in virtio")
+    if sizeof(layout) > MAX_CONFIG:
+        raise TypeError(f"{device}: config={layout.__name__} has {sizeof(layout)} bytes, at most {MAX_CONFIG} fit")

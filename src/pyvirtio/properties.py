@@ -9,6 +9,7 @@ any other type than those of `_kind` (a callable, say) is no property.
 
 import difflib
 import inspect
+import os
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ class Kind:
     name: str
     allowed: str
     parse: Callable[[str], object]
+    accepts: Callable[[Any], bool]
+    """Whether a value given in Python is one."""
     show: Callable[[Any], str] = str
     refers_to: type | None = None
 
@@ -92,6 +95,12 @@ class Property:
         except ValueError:
             raise ConfigError(f"{who}: {self.name}={text} is not allowed: {self.allowed}") from None
 
+    def check(self, value: object, who: str) -> None:
+        """`ConfigError` for a value given in Python that is not allowed."""
+        if not (value is None and self.default is None) and not self.kind.accepts(value):
+            wanted = f"a {self.kind.refers_to.__name__}" if self.kind.refers_to else self.allowed
+            raise ConfigError(f"{who}: {self.parameter}={value!r} is not allowed: {wanted}")
+
     def _look_up(self, text: str, who: str, objects: Mapping[str, object]) -> object:
         if text not in objects:
             known = ", ".join(objects) or "none"
@@ -118,6 +127,31 @@ def properties_of(cls: type, given: Collection[str] = ()) -> list[Property]:
             if kind is not None:
                 meaning = next((extra for extra in extras if isinstance(extra, str)), "")
                 found.append(Property(parameter.name, kind, parameter.default, meaning))
+    return found
+
+
+def check_arguments(cls: type, args: Sequence[object], keywords: Mapping[str, object]) -> None:
+    """`ConfigError` if an argument for `cls` is no value of its property; other parameters are not looked at."""
+    signature, properties = _of(cls)
+    try:
+        given = signature.bind(None, *args, **keywords).arguments
+    except TypeError:
+        return  # Python itself says what is wrong with the call
+    for p in properties:
+        if p.parameter in given:
+            p.check(given[p.parameter], cls.__name__)
+
+
+def _of(cls: type) -> tuple[inspect.Signature, list[Property]]:
+    """The signature and the properties of a class, kept in the class itself."""
+    if "_signature" not in vars(cls):
+        init: Any = cls.__init__  # type: ignore[misc]
+        try:
+            properties = properties_of(cls)
+        except ConfigError:
+            properties = []  # its annotations cannot be read; that matters where options are parsed
+        cls._signature = inspect.signature(init), properties  # type: ignore[attr-defined]
+    found: tuple[inspect.Signature, list[Property]] = vars(cls)["_signature"]
     return found
 
 
@@ -212,7 +246,7 @@ def _kind(annotation: Any, extras: Sequence[object]) -> Kind | None:
     if annotation is float:
         return _number("number", "a number", float, "{:g}".format, limits or Range(float("-inf"), float("inf")))
     if isinstance(annotation, type) and (option := getattr(annotation, "named_by", None)):
-        return Kind("id", f"the id of {option}", str, refers_to=annotation)
+        return Kind("id", f"the id of {option}", str, lambda value: isinstance(value, annotation), refers_to=annotation)
     return SIMPLE.get(annotation) if isinstance(annotation, type) else None
 
 
@@ -227,14 +261,20 @@ def _number(
 
     if limits is not None and limits.high != float("inf"):
         allowed = f"{allowed}, {show(limits.low)} to {show(limits.high)}"
-    return Kind(name, allowed, within, show)
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, int if name != "number" else (int, float)):
+            return False
+        return limits is None or limits.low <= value <= limits.high
+
+    return Kind(name, allowed, within, accepts, show)
 
 
 def _choice(choices: tuple[str, ...]) -> Kind:
     def one_of(text: str) -> str:
         return choices[choices.index(text)]
 
-    return Kind("/".join(choices), " or ".join(choices), one_of)
+    return Kind("/".join(choices), " or ".join(choices), one_of, lambda value: str(value) in choices)
 
 
 def _parse_int(text: str) -> int:
@@ -256,8 +296,12 @@ def _parse_path(text: str) -> Path:
     return Path(text)
 
 
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
 SIMPLE = {
-    bool: Kind("on/off", "on or off", _parse_bool, lambda value: "on" if value else "off"),
-    str: Kind("text", "text", str),
-    Path: Kind("path", "the path of a file", _parse_path),
+    bool: Kind("on/off", "on or off", _parse_bool, _is(bool), lambda value: "on" if value else "off"),
+    str: Kind("text", "text", str, _is(str)),
+    Path: Kind("path", "the path of a file", _parse_path, _is(str, os.PathLike)),
 }

@@ -51,7 +51,7 @@ REFUSED = {
     "blk --blk-file nowhere.img --socket-path s": "nowhere.img: No such file or directory",
     "blk --blk-file a-file --socket-path s": "a-file: 0 bytes; an image is at least one sector",
     "blk --blk-file disk.img --num-queues 9999 --socket-path s": "num-queues=9999 is not allowed",
-    "blk --blk-file disk.img --num-queues 257 --socket-path s": "Blk has 257 queues, allowed are 1 to 256",
+    "blk --blk-file disk.img --num-queues 257 --socket-path s": "Blk has 257 queues, at most 256 are allowed",
     "--device rng,id=a,socket-path=s --device rng,id=a,socket-path=t": "id=a is already in use",
     "--device rng,socket-path=s --device rng,socket-path=s": "s: in use by another process",
 }

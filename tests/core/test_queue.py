@@ -138,7 +138,7 @@ def test_a_dropped_chain_breaks_the_device(ring: Ring) -> None:
     ring.start(lambda vq: next(vq) and None)
     ring.add()
     ring.vq.notify()
-    assert ring.broken == ["requestq: a chain was dropped without complete()"]
+    assert ring.broken == ["requestq: the handler dropped chain 0 without complete(); each has to be completed"]
 
 
 def test_a_malformed_chain_ends_the_iteration_and_breaks_the_device(ring: Ring) -> None:

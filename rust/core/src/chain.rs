@@ -108,8 +108,8 @@ pub enum ChainError {
 impl std::fmt::Display for ChainError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Stale => "the chain is older than the last reset of its device",
-            Self::Completed => "the chain is completed already",
+            Self::Stale => "it was taken before the last reset of its device; nobody waits for it",
+            Self::Completed => "it is completed already; complete() gives a chain back once",
         })
     }
 }
@@ -163,6 +163,10 @@ impl Chain {
 
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    pub fn vq(&self) -> &Arc<VirtQueue> {
+        &self.vq
     }
 
     /// Bytes left to read.
@@ -247,6 +251,12 @@ impl Chain {
         pieces
     }
 
+    /// Bytes passed over to be written in place that do not count as written yet.
+    pub fn uncounted(&self) -> usize {
+        let room: usize = self.segments.writable().iter().map(|segment| segment.iov_len).sum();
+        room - self.writable_left() - self.written as usize
+    }
+
     /// Count bytes that were written in place.
     pub fn wrote(&mut self, bytes: u32) {
         self.written = self.written.saturating_add(bytes);
@@ -267,7 +277,7 @@ impl Chain {
 impl Drop for Chain {
     fn drop(&mut self) {
         if !self.completed && self.check_live().is_ok() {
-            self.vq.dropped();
+            self.vq.dropped(self.head);
         }
     }
 }

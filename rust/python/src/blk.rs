@@ -1,22 +1,18 @@
 //! `BlkPlane`, and the block backend that is written in Python.
 
-use std::ffi::c_int;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use pyo3::exceptions::{PyOSError, PyValueError};
-use pyo3::ffi;
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyList, PyMemoryView};
-use pyvirtio_core::chain::Segment;
-use pyvirtio_core::memory::GuestMemory;
+use pyo3::types::{IntoPyDict, PyBytes, PyDict};
 use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
 use pyvirtio_core::planes::FileBackend;
 use pyvirtio_core::{Handler, VirtQueue};
 
+use crate::buffer;
 use crate::errors::os_error;
 use crate::logging;
 
@@ -268,54 +264,10 @@ fn not_all(what: &str, defect: bool, wanted: usize) -> PyErr {
 }
 
 fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u64, writable: bool) -> PyResult<usize> {
-    let views = PyList::empty(py);
-    for segment in buffers.segments.iter().filter(|segment| segment.iov_len > 0) {
-        views.append(view(py, buffers.memory, segment, writable)?)?;
-    }
+    let views = buffer::views(py, buffers.memory, buffers.segments, writable)?;
+    // Released are those of a list of our own: the method may change the one it gets.
+    let lent = views.get_slice(0, views.len());
     let done = method.bind(py).call1((&views, offset));
-    for view in &views {
-        // Refused while somebody has a view of the view; the exporter keeps the memory mapped then.
-        let _ = view.call_method0(intern!(py, "release"));
-    }
+    buffer::release(&lent);
     transferred(&done?, buffers)
-}
-
-fn view<'py>(
-    py: Python<'py>,
-    memory: &GuestMemory,
-    segment: &Segment,
-    writable: bool,
-) -> PyResult<Bound<'py, PyMemoryView>> {
-    let start = segment.iov_base as usize;
-    let exporter = GuestBuffer { _memory: memory.clone(), start, length: segment.iov_len, writable };
-    PyMemoryView::from(Bound::new(py, exporter)?.as_any())
-}
-
-/// A piece of guest memory that stays mapped as long as Python refers to it.
-#[pyclass(frozen)]
-struct GuestBuffer {
-    _memory: GuestMemory,
-    start: usize,
-    length: usize,
-    writable: bool,
-}
-
-#[pymethods]
-impl GuestBuffer {
-    /// # Safety
-    /// Called by the interpreter, with a `Py_buffer` to fill.
-    unsafe fn __getbuffer__(slf: Bound<'_, Self>, buffer: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
-        let this = slf.get();
-        let start = this.start as *mut std::ffi::c_void;
-        let readonly = c_int::from(!this.writable);
-        // SAFETY: the memory is mapped as long as `slf`, to which the buffer keeps a reference.
-        let filled = unsafe {
-            ffi::PyBuffer_FillInfo(buffer, slf.as_ptr(), start, this.length as ffi::Py_ssize_t, readonly, flags)
-        };
-        if filled == 0 {
-            Ok(())
-        } else {
-            Err(PyErr::fetch(slf.py()))
-        }
-    }
 }

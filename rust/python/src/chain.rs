@@ -1,15 +1,41 @@
 //! `Chain`.
 
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple};
+use pyvirtio_core::chain::Segment;
+use pyvirtio_core::ChainError;
 
+use crate::buffer;
 use crate::bytes::with_bytes;
-use crate::errors::{chain_error, GuestError};
+use crate::errors::{GuestError, StaleChain};
 
 #[pyclass(module = "pyvirtio._core")]
 pub struct Chain {
     pub inner: pyvirtio_core::Chain,
+}
+
+impl Chain {
+    /// A refusal that says which chain of which queue it is about.
+    fn refused(&self, error: ChainError) -> PyErr {
+        let (vq, head) = (self.inner.vq(), self.inner.head());
+        let message = format!("{}: {}: chain {head}: {error}", vq.state().name(), vq.name());
+        match error {
+            ChainError::Stale => StaleChain::new_err(message),
+            ChainError::Completed => PyRuntimeError::new_err(message),
+        }
+    }
+
+    fn check_live(&self) -> PyResult<()> {
+        self.inner.check_live().map_err(|error| self.refused(error))
+    }
+
+    fn lend<'py>(&self, py: Python<'py>, segments: &[Segment], writable: bool) -> PyResult<Bound<'py, PyList>> {
+        let views = buffer::views(py, self.inner.memory(), segments, writable)?;
+        buffer::lend(&views);
+        Ok(views)
+    }
 }
 
 #[pymethods]
@@ -21,20 +47,23 @@ impl Chain {
 
     #[getter]
     fn readable(&self) -> PyResult<usize> {
-        self.inner.check_live().map_err(chain_error)?;
+        self.check_live()?;
         Ok(self.inner.readable_left())
     }
 
     #[getter]
     fn writable(&self) -> PyResult<usize> {
-        self.inner.check_live().map_err(chain_error)?;
+        self.check_live()?;
         Ok(self.inner.writable_left())
     }
 
     #[pyo3(signature = (length = None))]
     fn read<'py>(&mut self, py: Python<'py>, length: Option<usize>) -> PyResult<Bound<'py, PyBytes>> {
         let length = length.map_or(self.inner.readable_left(), |length| length.min(self.inner.readable_left()));
-        PyBytes::new_with(py, length, |out| self.inner.read(out).map(drop).map_err(chain_error))
+        PyBytes::new_with(py, length, |out| match self.inner.read(out) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.refused(error)),
+        })
     }
 
     fn unpack<'py>(&mut self, py: Python<'py>, format: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
@@ -50,10 +79,32 @@ impl Chain {
     }
 
     fn write(&mut self, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-        with_bytes(data, |data| self.inner.write(data))?.map_err(chain_error)
+        with_bytes(data, |data| self.inner.write(data))?.map_err(|error| self.refused(error))
+    }
+
+    fn buffers<'py>(&mut self, py: Python<'py>) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyList>)> {
+        self.check_live()?;
+        if !self.inner.vq().is_server() {
+            // Here no reset would wait for who uses them.
+            return Err(PyRuntimeError::new_err(
+                "buffers() is for the handler while it runs; later use read and write",
+            ));
+        }
+        let (readable, writable) = (self.inner.take_readable(usize::MAX), self.inner.take_writable(usize::MAX));
+        Ok((self.lend(py, &readable, false)?, self.lend(py, &writable, true)?))
+    }
+
+    fn wrote(&mut self, length: usize) -> PyResult<()> {
+        self.check_live()?;
+        let most = self.inner.uncounted();
+        if length > most {
+            return Err(PyValueError::new_err(format!("wrote({length}): buffers() gave room for {most} bytes")));
+        }
+        self.inner.wrote(length as u32);
+        Ok(())
     }
 
     fn complete(&mut self) -> PyResult<()> {
-        self.inner.complete().map_err(chain_error)
+        self.inner.complete().map_err(|error| self.refused(error))
     }
 }

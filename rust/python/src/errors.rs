@@ -2,9 +2,8 @@
 
 use std::io;
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
-use pyvirtio_core::ChainError;
 
 pyo3::import_exception!(pyvirtio.errors, GuestError);
 pyo3::import_exception!(pyvirtio.errors, StaleChain);
@@ -22,12 +21,5 @@ pub fn os_error(error: io::Error) -> PyErr {
             PyOSError::new_err((errno, text))
         }
         None => PyValueError::new_err(error.to_string()),
-    }
-}
-
-pub fn chain_error(error: ChainError) -> PyErr {
-    match error {
-        ChainError::Stale => StaleChain::new_err(error.to_string()),
-        ChainError::Completed => PyRuntimeError::new_err(error.to_string()),
     }
 }

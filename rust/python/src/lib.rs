@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod blk;
+mod buffer;
 mod bytes;
 mod chain;
 mod device_state;

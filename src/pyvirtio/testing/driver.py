@@ -214,6 +214,9 @@ class VirtioDriver:
         window, offset = self.notifiers[index]
         window.write(offset, size, index)
 
+    def held(self, index: int) -> int:
+        return self.function.dataplane.queues[index].in_flight
+
     @property
     def common(self) -> Any:
         return self.registers.common

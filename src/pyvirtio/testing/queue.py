@@ -48,6 +48,9 @@ class Driver(Protocol):
     def notify(self, index: int, size: int) -> None: ...
     def take_interrupts(self) -> bool: ...
     def check(self) -> None: ...
+    def held(self, index: int) -> int:
+        """Chains of a queue that the device has taken and not completed, as far as the driver can know."""
+
     def __getattr__(self, name: str) -> Any: ...
 
 
@@ -224,7 +227,11 @@ class Queue:
                 self.driver.check()
                 sleep_on(self.source.fds() + self.driver.config_source.fds(), deadline - time.monotonic())
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}")
+                raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}{self._held()}")
+
+    def _held(self) -> str:
+        held = self.driver.held(self.index)
+        return f"; the device took {held} chains that it did not complete()" if held else ""
 
     def collect(self) -> None:
         """Take every buffer that the device has used, and ask for an interrupt for the next."""

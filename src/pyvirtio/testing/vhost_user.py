@@ -187,6 +187,9 @@ class FrontEnd(Connection):
     def notify(self, index: int, size: int) -> None:
         os.eventfd_write(self.kicks[index], 1)
 
+    def held(self, index: int) -> int:
+        return 0  # the protocol does not tell
+
     def take_interrupts(self) -> bool:
         taken = [queue for queue in self.queues if queue.source.take()]
         for queue in taken:

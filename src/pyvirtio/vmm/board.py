@@ -70,6 +70,8 @@ class Board:
 
     def add(self, device: Device, name: str, **pci: Any) -> VirtioPci:
         """Plug a device; `pci` are the properties of `VirtioPci`. The board closes it in the end."""
+        if any(function.name == name for function in self.devices):
+            raise ConfigError(f"{name}: a device of that name is plugged already; names are unique")
         if "slot" not in pci:
             pci["slot"] = self.free_slot(name)
         if "iothread" not in pci:

@@ -26,6 +26,10 @@ use crate::GuestError;
 pub trait Handler: Send + Sync {
     /// Pop what you want and complete it, now or later. Taking nothing ends the service.
     fn handle(&self, vq: &Arc<VirtQueue>);
+    /// What messages call it.
+    fn name(&self) -> &str {
+        "the handler"
+    }
 }
 
 /// Where a ring lies and what the driver negotiated for it.
@@ -148,10 +152,6 @@ impl VirtQueue {
         }
     }
 
-    fn is_server(&self) -> bool {
-        self.server.load(Ordering::Relaxed) == this_thread()
-    }
-
     /// Take the next chain, if there is one. A malformed one breaks the device.
     pub fn pop(self: &Arc<Self>) -> Option<Chain> {
         match self.try_pop() {
@@ -188,8 +188,16 @@ impl VirtQueue {
         self.state.fail(&format!("{}: {error}", self.name));
     }
 
-    pub(crate) fn dropped(&self) {
-        self.state.fail(&format!("{}: a chain was dropped without complete()", self.name));
+    pub(crate) fn dropped(&self, head: u16) {
+        let handler = self.active().as_ref().map(|active| active.handler.clone());
+        let who = handler.as_ref().map_or("the handler", |handler| handler.name());
+        let name = &self.name;
+        self.state.fail(&format!("{name}: {who} dropped chain {head} without complete(); each has to be completed"));
+    }
+
+    /// Whether this thread is the one that serves the queue.
+    pub fn is_server(&self) -> bool {
+        self.server.load(Ordering::Relaxed) == this_thread()
     }
 
     /// Give a chain back: published at the end of the handler's call, or at once from any other thread.

@@ -16,7 +16,7 @@ const BUDGET: u32 = 256;
 pub(super) struct Active {
     pub ring: SplitRing,
     pub in_flight: u16,
-    handler: Arc<dyn Handler>,
+    pub handler: Arc<dyn Handler>,
     /// Chains the handler may still take in this service, and those it took in this pass.
     budget: u32,
     taken: u32,

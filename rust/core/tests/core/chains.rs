@@ -128,7 +128,7 @@ fn a_chain_dropped_without_complete_breaks_the_device() {
     let mut driver = Driver::new();
     driver.add(0);
     drop(driver.pop());
-    assert_eq!(driver.broken(), "requestq: a chain was dropped without complete()");
+    assert_eq!(driver.broken(), "requestq: the handler dropped chain 0 without complete(); each has to be completed");
     assert_eq!(driver.config_vector.irqfd.take(), 1);
 }
 
