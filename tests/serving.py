@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyvirtio.device import Device
+from pyvirtio.testing.plugin import Serve
 
-Serve = Callable[[Device], Path]
-"""The fixture: serves a device until the test is over; returns its socket."""
+__all__ = ["Serve", "count_up", "programs"]
 
 
 def count_up(length: int) -> bytes:

@@ -53,7 +53,7 @@ def test_the_configuration_is_read_and_written(serve: Serve) -> None:
         vm.negotiate()
         vm.acked(Request.SET_CONFIG, wire.CONFIG.pack(0, 4, 0) + struct.pack("<I", 77))
         assert knob.config.value == 77
-        assert vm.config(8) == struct.pack("<II", 77, 0)
+        assert vm.read_config(8) == struct.pack("<II", 77, 0)
 
 
 def test_the_front_end_is_told_of_a_new_configuration(serve: Serve) -> None:
@@ -65,7 +65,7 @@ def test_the_front_end_is_told_of_a_new_configuration(serve: Serve) -> None:
         with knob.update_config() as config:
             config.value = 5
         assert ours.recv(100) == wire.pack(wire.BACKEND_CONFIG_CHANGE_MSG)
-        assert vm.config(4) == struct.pack("<I", 5)
+        assert vm.read_config(4) == struct.pack("<I", 5)
 
 
 def test_a_device_is_activated_once_and_reset_when_the_front_end_says_so(serve: Serve) -> None:

@@ -35,7 +35,7 @@ def test_a_disk_in_a_file_is_served_on_all_its_queues(serve: Serve, tmp_path: Pa
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(MIB))
     with FrontEnd(serve(Blk(File(image), num_queues=4, serial="mine"))) as vm:
-        assert struct.unpack_from("<Q", vm.config()) == (MIB // 512,)
+        assert struct.unpack_from("<Q", vm.read_config()) == (MIB // 512,)
         assert vm.get(Request.GET_QUEUE_NUM) == 4
         vm.start([f"requestq{index}" for index in range(4)], indirect=True)
         disk = Disk(vm)

@@ -87,6 +87,12 @@ class Server:
         self._thread.start()
         return self
 
+    @property
+    def broken(self) -> str | None:
+        """Why the device serves its front-end no more, if it does not."""
+        session = self._session
+        return session.backend.state.broken if session else None
+
     def close(self) -> None:
         """Hang up and stop. The device stays open."""
         os.eventfd_write(self._wake, 1)

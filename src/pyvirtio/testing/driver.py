@@ -1,168 +1,23 @@
-"""One machine in one process: guest RAM, a PCI bus, an I/O thread, and a driver that obeys virtio unless told not to.
-
-No KVM and no kernel: the in-process accelerator plays the vCPU's side, all the rest is what a real machine runs.
-"""
+"""The driver of a virtio-pci device in a `Guest`: what a kernel's driver does, step by step."""
 
 from __future__ import annotations
 
-import errno
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyvirtio._core import GuestMemory
-from pyvirtio.accel.inproc import InProcess
-from pyvirtio.dataplane import IoThread
-from pyvirtio.device import Device
 from pyvirtio.spec import Feature, Status
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.pci import MSIX, Msix, Pci, Window
-from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, Range, queue_named, sleep_on
-from pyvirtio.testing.registers import Legacy, Modern
+from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, queue_named, sleep_on
+from pyvirtio.testing.registers import Legacy, Modern, config_layout
 from pyvirtio.testing.ring import SplitRing
 from pyvirtio.transports.pci import VirtioPci
-from pyvirtio.vmm.pci_bus import IO_WINDOW, MEMORY_WINDOW, PciBus
 
-MIB = 1 << 20
-MSI_ADDRESS = 0xFEE00000
-PAGE = 4096
-ZEROES = bytes(PAGE)
+if TYPE_CHECKING:
+    from pyvirtio.testing.machine import Guest
 
 Interface = Literal["modern", "legacy"]
-
-
-class Guest:
-    """A machine to plug devices into. RAM is two adjacent regions from 0 on and, behind a hole, a third above 4 GiB.
-
-    `ioeventfd` is what `plug` asks for unless it is told; None leaves it to the device.
-    """
-
-    HIGH = 1 << 32
-    """Where the third region starts at the lowest."""
-
-    def __init__(self, *, ioeventfd: bool | None = None, memory: int = 4 * MIB) -> None:
-        self.ioeventfd = ioeventfd
-        self.border = memory // 2
-        """Where the first region ends and the second begins."""
-        self.high = max(self.HIGH, memory)
-        """Where the third region starts."""
-        self.ram = [(0, self.border), (self.border, memory // 4), (self.high, memory // 4)]
-        self.memory = GuestMemory.allocate(self.ram)
-        self.heap = Heap(0x1000, self.border)
-        self.windows = {
-            "pio": Heap(IO_WINDOW.start, IO_WINDOW.stop, align=1 << 16),
-            "mmio": Heap(MEMORY_WINDOW.start, MEMORY_WINDOW.stop, align=1 << 32),
-        }
-        self.accel = InProcess(self.memory)
-        self.bus = PciBus()
-        self.accel.bus = self.bus
-        # Without its busy wait the thread looks at a ring after a kick only, so tests can count.
-        self.iothread = IoThread("test", poll_max_ns=0)
-        self.drivers: list[VirtioDriver] = []
-        self._messages = 0
-
-    def plug(
-        self,
-        device: Device,
-        *,
-        transport: Interface = "modern",
-        features: int = ~0,
-        queue_size: int | None = None,
-        msix: bool = True,
-        indirect: bool = False,
-        start: bool = True,
-        **properties: Any,
-    ) -> VirtioDriver:
-        """Plug a device and bring its driver up to DRIVER_OK.
-
-        `features` masks what is accepted, `queue_size` is the driver's choice for every ring, without `msix` it uses
-        INTx, `indirect` is its way to place buffers; with `start=False` it has only found the device. The other
-        keywords are properties of virtio-pci.
-        """
-        properties.setdefault("ioeventfd", self.ioeventfd)
-        properties.setdefault("name", f"{type(device).__name__.lower()}{len(self.drivers)}")
-        slot = min(set(range(1, 32)) - set(self.bus.functions))
-        function = VirtioPci(device, self.accel, iothread=self.iothread, slot=slot, **properties)
-        self.bus.add(function)
-        driver = VirtioDriver(self, function, transport)
-        driver.features_wanted, driver.queue_size, driver.msix_wanted = features, queue_size, msix
-        driver.indirect = indirect
-        self.drivers.append(driver)
-        if start:
-            driver.start()
-        return driver
-
-    def unplug(self, driver: VirtioDriver) -> None:
-        self.drivers.remove(driver)
-        for index, window in driver.pci.bars.items():
-            self.windows[window.space].free(window.base, driver.pci.sizes[index])
-        self.bus.remove(driver.function)
-        driver.function.close()
-
-    def close(self) -> None:
-        """Unplug everything and end the I/O thread."""
-        while self.drivers:
-            self.unplug(self.drivers[-1])
-        self.iothread.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def message(self) -> tuple[int, int]:
-        """An MSI address and data that nobody uses yet."""
-        self._messages += 1
-        return MSI_ADDRESS, 0x4000 + self._messages
-
-    @contextmanager
-    def only_writes(self, *ranges: Range) -> Iterator[None]:
-        """Fail if any guest memory outside the ranges changes in the block."""
-        before = snapshot(self.memory)
-        yield
-        after = snapshot(self.memory)
-        for page in before.keys() | after.keys():
-            old, new = before.get(page, ZEROES), after.get(page, ZEROES)
-            if old != new:
-                _compare(page, old, new, ranges)
-
-
-def snapshot(memory: GuestMemory) -> dict[int, bytes]:
-    """The pages of guest RAM that have ever been touched, by address; the others are zero."""
-    pages = {}
-    for start, size, fd, offset in memory.regions:
-        at, end = offset, offset + size
-        while at < end and (at := _seek(fd, at, os.SEEK_DATA, end)) < end:
-            hole = _seek(fd, at, os.SEEK_HOLE, end)
-            data = memory.read(start + at - offset, hole - at)
-            pages.update({start + at - offset + n: data[n : n + PAGE] for n in range(0, len(data), PAGE)})
-            at = hole
-    return pages
-
-
-def _seek(fd: int, at: int, whence: int, end: int) -> int:
-    """Where the next data or hole of a memory file starts, but no further than `end`."""
-    try:
-        return min(os.lseek(fd, at, whence), end)
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # no data up to the end of the file
-            raise
-        return end
-
-
-def _compare(page: int, old: bytes, new: bytes, ranges: tuple[Range, ...]) -> None:
-    """`AssertionError` if two states of a page differ outside the ranges."""
-    before, after = bytearray(old), bytearray(new)
-    for address, length in ranges:
-        low, high = max(address - page, 0), min(address + length - page, PAGE)
-        if low < high:
-            before[low:high] = after[low:high] = bytes(high - low)
-    if before != after:
-        at = next(n for n, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
-        raise AssertionError(f"guest memory at {page + at:#x} changed from {before[at]:#x} to {after[at]:#x}")
 
 
 class VirtioDriver:
@@ -191,9 +46,7 @@ class VirtioDriver:
         self.config_source: Interrupts = self._intx()
 
     def _find_registers(self) -> Modern | Legacy:
-        layout_of = self.function.device.config_layout
-        names = [field[0] for field in layout_of._fields_] if layout_of else []
-        layout = {name: (getattr(layout_of, name).offset, getattr(layout_of, name).size) for name in names}
+        layout = config_layout(self.function.device)
         if self.transport == "modern":
             return Modern(self.pci, layout)
         return Legacy(self.pci, layout, msix=False)
@@ -306,6 +159,13 @@ class VirtioDriver:
             self.queues.pop().free()
         self.notifiers.clear()
         self.may_break = False
+
+    def unplug(self) -> None:
+        """What is left to `Guest.unplug`: take the function from the bus and close it."""
+        for index, window in self.pci.bars.items():
+            self.guest.windows[window.space].free(window.base, self.pci.sizes[index])
+        self.guest.bus.remove(self.function)
+        self.function.close()
 
     def take_interrupts(self) -> bool:
         """Handle the interrupts that have arrived; return whether there were any."""

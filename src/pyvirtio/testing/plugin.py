@@ -1,17 +1,43 @@
-"""The pytest plugin: the fixture `guest`, which runs each test synchronously and with ioeventfd."""
+"""The pytest plugin, which comes with the package: the fixtures `guest`, `serve` and `vm`.
+
+`guest` is the in-process driver; the marker of the same name says in which variants a test runs. `serve` puts a device
+on a vhost-user socket, `vm` boots Linux.
+"""
 
 import gc
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pyvirtio.testing.driver import Guest
+from pyvirtio.device import Device
+from pyvirtio.testing.machine import Guest
 from pyvirtio.testing.queue import HANG
+from pyvirtio.testing.serving import serve_in_child, serve_in_process
+
+if TYPE_CHECKING:
+    from pyvirtio.testing.linux import LinuxGuest
 
 FAILED = pytest.StashKey[bool]()
+MODES = {"ioeventfd": (False, True)}
+"""The variants of every test that says nothing else."""
+MARKERS = [
+    "guest(**choices): run the test in each combination of these arguments of Guest; a tuple has several choices",
+    "vm(**options): the arguments of the LinuxGuest that the fixture `vm` is",
+]
+
+Serve = Callable[[Device | str], Path]
+"""What the fixture `serve` is."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -21,21 +47,84 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(params=[False, True], ids=["sync", "ioeventfd"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "guest" in metafunc.fixturenames:
+        choices = {**MODES, **_arguments(metafunc.definition, "guest")}
+        metafunc.parametrize("guest", _variants(choices), indirect=True, ids=_name)
+
+
+def _arguments(node: pytest.Item, marker: str) -> dict[str, Any]:
+    """The keyword arguments of all markers of this name; the closest to the test counts."""
+    return {key: value for mark in reversed(list(node.iter_markers(marker))) for key, value in mark.kwargs.items()}
+
+
+def _variants(choices: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every combination. A kick over vhost-user is always an eventfd, so there is one mode only."""
+    each = [value if isinstance(value, tuple) else (value,) for value in choices.values()]
+    found = [dict(zip(choices, values, strict=True)) for values in product(*each)]
+    for variant in found:
+        if variant.get("transport") == "vhost-user":
+            variant["ioeventfd"] = True
+    return [variant for n, variant in enumerate(found) if variant not in found[:n]]
+
+
+def _name(variant: dict[str, Any]) -> str:
+    """What the variant is called in the name of the test."""
+    mode = [] if variant.get("transport") == "vhost-user" else ["ioeventfd" if variant["ioeventfd"] else "sync"]
+    others = [key if value is True else str(value) for key, value in variant.items() if key != "ioeventfd" and value]
+    return "-".join([*mode, *others])
+
+
+@pytest.fixture
 def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[Guest]:
     """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
     with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)):
         yield from _machine(request.param)
         request.node.funcargs.clear()  # devices that other fixtures made
-        caplog.get_records("call").clear()  # a traceback in a record keeps the device alive
+        for record in caplog.get_records("call"):
+            record.exc_info = None  # a traceback keeps the device alive
+        caplog.get_records("call").clear()
 
 
-def _machine(ioeventfd: bool) -> Iterator[Guest]:
-    with Guest(ioeventfd=ioeventfd) as machine:
+def _machine(choices: dict[str, Any]) -> Iterator[Guest]:
+    with Guest(**choices) as machine:
         yield machine
         for driver in machine.drivers:
             assert driver.may_break or not driver.why_broken, f"{driver.name} broke: {driver.why_broken}"
     vars(machine).clear()  # pytest keeps the object itself
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> Iterator[Serve]:
+    """Serves a device on a vhost-user socket until the test is over; returns the path of the socket.
+
+    A `Device` is served in this process, and every file descriptor and thread must be gone after the test; a string
+    is what `pyvirtio serve` takes, in a process of its own.
+    """
+    with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)), ExitStack() as stack:
+
+        def start(device: Device | str) -> Path:
+            path = tmp_path / f"served{next(numbers)}.sock"
+            served = serve_in_child if isinstance(device, str) else serve_in_process
+            stack.enter_context(served(device, path))  # type: ignore[arg-type]
+            return path
+
+        numbers = iter(range(1 << 16))
+        yield start
+        for record in caplog.get_records("call"):
+            record.exc_info = None  # a traceback keeps the session alive
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest) -> Iterator["LinuxGuest"]:
+    """A Linux guest to plug devices into and boot; skipped where KVM cannot run Linux (`pyvirtio lab` can)."""
+    from pyvirtio.accel.host import linux_capable
+    from pyvirtio.testing.linux import LinuxGuest
+
+    if unfit := linux_capable():
+        pytest.skip(f"{unfit}: pyvirtio lab -- pytest {request.node.nodeid.partition('::')[0]}")
+    with LinuxGuest(**_arguments(request.node, "vm")) as machine:
+        yield machine
 
 
 @contextmanager

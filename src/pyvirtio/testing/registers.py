@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from pyvirtio.device import Device
 from pyvirtio.testing.pci import BUS_MASTER, IO, MEMORY, VENDOR_SPECIFIC, Layout, Pci, Registers, Window
 from pyvirtio.testing.ring import SplitRing
 
@@ -40,6 +41,13 @@ LEGACY: Layout = {
     "config_msix_vector": (20, 2),
     "queue_msix_vector": (22, 2),
 }
+
+
+def config_layout(device: Device) -> Layout:
+    """The configuration space of a device by the names of its fields."""
+    layout_of = device.config_layout
+    names = [field[0] for field in layout_of._fields_] if layout_of else []
+    return {name: (getattr(layout_of, name).offset, getattr(layout_of, name).size) for name in names}
 
 
 class Structure(NamedTuple):

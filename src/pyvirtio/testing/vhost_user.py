@@ -45,10 +45,11 @@ class Eventfd:
 class Connection:
     """One message after another, well-formed or not."""
 
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, where: Path | socket.socket) -> None:
+        self.socket = socket.socket(socket.AF_UNIX) if isinstance(where, Path) else where
         self.socket.settimeout(HANG)
-        self.socket.connect(str(path))
+        if isinstance(where, Path):
+            self.socket.connect(str(where))
 
     def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> None:
         self.send_bytes(wire.pack(request, payload, flags), fds)
@@ -98,16 +99,24 @@ class Connection:
 
 
 class FrontEnd(Connection):
-    """A VMM with `memory` of RAM at guest address 0, and a driver: one attribute for each queue of the device.
+    """A VMM with `memory` of RAM, bytes from guest address 0 on or what is given, and a driver: one attribute for each
+    queue of the device.
 
     `start` does what a VMM does until the queues run; `features` masks what the driver accepts.
     """
 
-    def __init__(self, path: Path, *, memory: int = 4 * MIB, name: str = "front-end") -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        where: Path | socket.socket,
+        *,
+        memory: int | GuestMemory = 4 * MIB,
+        heap: Heap | None = None,
+        name: str = "front-end",
+    ) -> None:
+        super().__init__(where)
         self.name = name
-        self.memory = GuestMemory.allocate([(0, memory)])
-        self.heap = Heap(0x1000, memory)
+        self.memory = GuestMemory.allocate([(0, memory)]) if isinstance(memory, int) else memory
+        self.heap = heap or Heap(0x1000, self.memory.regions[0][1])
         self.features = 0
         self.queues: list[Queue] = []
         self.kicks: list[int] = []
@@ -180,9 +189,12 @@ class FrontEnd(Connection):
         assert index == queue.index
         return int(base)
 
-    def config(self, size: int = 60) -> bytes:
-        reply = self.ask(Request.GET_CONFIG, wire.CONFIG.pack(0, size, 0) + bytes(size))
+    def read_config(self, size: int = 60, offset: int = 0) -> bytes:
+        reply = self.ask(Request.GET_CONFIG, wire.CONFIG.pack(offset, size, 0) + bytes(size))
         return reply[wire.CONFIG.size :]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.acked(Request.SET_CONFIG, wire.CONFIG.pack(offset, len(data), 0) + data)
 
     def notify(self, index: int, size: int) -> None:
         os.eventfd_write(self.kicks[index], 1)
