@@ -17,7 +17,7 @@ LAYERS = [
     ["dataplane", "notifiers"],
     ["transports", "vhost"],
     ["accel", "vmm", "serve"],
-    ["cli", "lab", "demo", "testing"],
+    ["cli", "lab", "demo", "bench", "testing"],
 ]
 """A module imports from its own layer and from those above it in this list."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,13 +1,14 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, Self, final, type_check_only
+from typing import Any, Literal, Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer
 
 from pyvirtio.backends.block import BlockBackend
 
 __all__ = [
+    "BlkLoad",
     "BlkPlane",
     "CallFd",
     "Chain",
@@ -302,6 +303,49 @@ class BlkPlane:
     @property
     def counters(self) -> dict[str, int]:
         """reads, writes, flushes, discards, errors, bytes_read, bytes_written."""
+
+@final
+class BlkLoad:
+    """The driver's side of a vhost-user-blk device under load, for measuring.
+
+    A queue is `(ring size, descriptor table, avail ring, used ring, kick fd, call fd, buffers)`, its ring fresh and
+    known to the back-end; `buffers` is the guest address of `iodepth * (block_size + CONTROL_BYTES)` bytes.
+    `connection` and the err fd tell when there will be no answer. All file descriptors stay the caller's. The queues
+    share the first `blocks` of the disk.
+    """
+
+    CONTROL_BYTES: int
+    def __new__(
+        cls,
+        memory: GuestMemory,
+        queues: Sequence[tuple[int, int, int, int, int, int, int]],
+        *,
+        connection: int,
+        err: int,
+        block_size: int,
+        blocks: int,
+        iodepth: int,
+        event_idx: bool = False,
+        indirect: bool = False,
+    ) -> Self: ...
+    def run(
+        self,
+        *,
+        write_percent: int = 0,
+        random: bool = True,
+        iodepth: int = 1,
+        seconds: float = 3600.0,
+        requests: int = ...,
+        poll: bool = False,
+        verify: bool = False,
+        seed: int = 1,
+    ) -> dict[str, Any]:
+        """Keep `iodepth` requests in flight in each queue, for `seconds` or so many `requests` of each.
+
+        `verify`: what is written can be told from anything else, and what is read where it was written before must be
+        that. Returns the counts reads, writes, errors, kicks and interrupts, and seconds, p50, p99, p99_9 and max (of
+        the latencies) in seconds. `ProtocolError` for what the back-end did wrong. The interpreter is not held.
+        """
 
 @type_check_only
 class Bus(Protocol):

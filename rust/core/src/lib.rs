@@ -3,6 +3,7 @@
 //! The crate knows no Python. A guest is trusted with nothing: every value it shares is read once and checked, and
 //! nothing it writes can panic, hang or grow this process.
 
+pub mod bench;
 pub mod chain;
 pub mod counters;
 pub mod device_state;

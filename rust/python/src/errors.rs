@@ -6,6 +6,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
 pyo3::import_exception!(pyvirtio.errors, GuestError);
+pyo3::import_exception!(pyvirtio.errors, ProtocolError);
 pyo3::import_exception!(pyvirtio.errors, StaleChain);
 
 pub fn guest_error(error: pyvirtio_core::GuestError) -> PyErr {

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+mod bench;
 mod blk;
 mod buffer;
 mod bytes;
@@ -18,6 +19,8 @@ mod queue;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::bench::BlkLoad;
     #[pymodule_export]
     use crate::blk::BlkPlane;
     #[pymodule_export]

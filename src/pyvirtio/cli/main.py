@@ -13,6 +13,7 @@ from pyvirtio.errors import ConfigError
 COMMANDS = {
     "run": "boot a virtual machine",
     "serve": "serve devices to other virtual machine monitors over vhost-user",
+    "bench": "measure a back-end of vhost-user, or two of them in turn",
     "lab": "run a command on a machine with hardware-like KVM",
     "demo": "compare ioeventfd on and off in one boot",
 }

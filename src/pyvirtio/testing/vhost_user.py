@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pyvirtio._core import GuestMemory
 from pyvirtio.serve import wire
-from pyvirtio.serve.wire import Flag, Request
+from pyvirtio.serve.wire import Flag, ProtocolFeature, Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Queue, queue_named, sleep_on
@@ -24,6 +24,10 @@ USER = 0x7F00_0000_0000
 
 class Hangup(Exception):
     """The back-end closed the connection."""
+
+
+class Refused(AssertionError):
+    """The back-end acknowledged a request with an error."""
 
 
 class Eventfd:
@@ -118,6 +122,7 @@ class FrontEnd(Connection):
         self.memory = GuestMemory.allocate([(0, memory)]) if isinstance(memory, int) else memory
         self.heap = heap or Heap(0x1000, self.memory.regions[0][1])
         self.features = 0
+        self.protocol_features = ProtocolFeature(0)
         self.queues: list[Queue] = []
         self.kicks: list[int] = []
         self.err = Eventfd()
@@ -141,13 +146,19 @@ class FrontEnd(Connection):
     def negotiate(self, features: int = ~0) -> None:
         self.send(Request.SET_OWNER)
         offered = self.get(Request.GET_FEATURES)
-        self.send(Request.SET_PROTOCOL_FEATURES, wire.U64.pack(self.get(Request.GET_PROTOCOL_FEATURES)))
+        if offered & wire.PROTOCOL_FEATURES:
+            known = self.get(Request.GET_PROTOCOL_FEATURES) & sum(ProtocolFeature)
+            self.protocol_features = ProtocolFeature(known)
+            self.send(Request.SET_PROTOCOL_FEATURES, wire.U64.pack(known))
         self.features = offered & (features | wire.PROTOCOL_FEATURES)
         self.acked(Request.SET_FEATURES, wire.U64.pack(self.features))
 
     def acked(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        if self.tell(request, payload, fds):
-            raise AssertionError(f"{Request(request).name} was refused")
+        """Send a request that must succeed; not every back-end says whether it did."""
+        if ProtocolFeature.REPLY_ACK not in self.protocol_features:
+            self.send(request, payload, fds)
+        elif self.tell(request, payload, fds):
+            raise Refused(f"{Request(request).name} was refused")
 
     def regions(self) -> list[tuple[bytes, int]]:
         """Each region of guest memory as the protocol describes it, with its fd."""

@@ -1,5 +1,6 @@
 //! The core against a driver that writes every ring word by hand.
 
+mod bench;
 mod chains;
 mod driver;
 mod garbage;

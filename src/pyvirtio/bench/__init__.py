@@ -1,0 +1,1 @@
+"""Measures back-ends of vhost-user without a virtual machine."""

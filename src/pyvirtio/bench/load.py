@@ -1,0 +1,106 @@
+"""What a measurement asks of a back-end, and the figures of one."""
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+PATTERNS = {
+    "read": (0, False),
+    "write": (100, False),
+    "randread": (0, True),
+    "randwrite": (100, True),
+    "mixed": (50, True),
+}
+"""fio's words: how many of 100 requests write, and whether they go to random places."""
+
+CPUCLOCK_SCHED = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """`size` is how much of the disk is used, from its beginning; sizes are bytes.
+
+    Completions are looked for all the time with `poll`; else the driver sleeps until an interrupt, as a guest does.
+    """
+
+    rw: str = "randread"
+    block_size: int = 4096
+    num_queues: int = 1
+    size: int = 1 << 30
+    packed: bool = False
+    indirect: bool = False
+    poll: bool = False
+    verify: bool = False
+
+    @property
+    def write_percent(self) -> int:
+        return PATTERNS[self.rw][0]
+
+    @property
+    def random(self) -> bool:
+        return PATTERNS[self.rw][1]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run at one depth; times are seconds. `cpu` is that of the back-end's process, if it is known."""
+
+    iodepth: int
+    requests: int
+    errors: int
+    seconds: float
+    bytes: int
+    p50: float
+    p99: float
+    p99_9: float
+    max: float
+    cpu: float | None
+    kicks: int
+    interrupts: int
+
+    @property
+    def iops(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second."""
+        return self.bytes / self.seconds
+
+    @property
+    def cpu_per_request(self) -> float | None:
+        return None if self.cpu is None else self.cpu / self.requests
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure of several rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Self | None:
+        """None if one of the values is not known."""
+        found = list(values)
+        known = [value for value in found if value is not None]
+        if not known or len(known) < len(found):
+            return None
+        return cls(statistics.median(known), min(known), max(known))
+
+
+def by_iodepth(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
+    """The samples of each depth, lowest first."""
+    found: dict[int, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.iodepth):
+        found.setdefault(sample.iodepth, []).append(sample)
+    return found
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds that all threads of a process have run, those that have ended too; `OSError` if there is no such one."""
+    # The clock of clock_getcpuclockid(3), which Python has for threads only.
+    return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)

@@ -1,0 +1,57 @@
+"""Figures of measurements as tables for people; they fit a terminal of 80 columns."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pyvirtio.bench.load import Load, Sample, Spread, by_iodepth
+from pyvirtio.properties import show_size
+
+MICRO = 1e6
+MIB = 1 << 20
+NOT_KNOWN = "-"
+
+
+def samples_table(title: str, load: Load, samples: list[Sample]) -> RenderableType:
+    """A row for each depth: medians of all rounds, with the lowest and the highest number of requests per second."""
+    table = _table(title, "depth", "requests/s", "MiB/s", "p50", "p99", "p99.9", "CPU")
+    for iodepth, rounds in by_iodepth(samples).items():
+        table.add_row(
+            str(iodepth),
+            spread(Spread.of(s.iops for s in rounds), "{:,.0f}"),
+            _median(rounds, "bandwidth", 1 / MIB, "{:,.0f}"),
+            *(_median(rounds, name, MICRO, "{:,.0f}") for name in ("p50", "p99", "p99_9")),
+            _median(rounds, "cpu_per_request", MICRO, "{:.2f}"),
+        )
+    note = (
+        "Medians (lowest-highest) of all rounds. Latencies and the back-end's CPU time for a request in microseconds."
+    )
+    return Group(table, Text(describe(load)), Text(note, "dim"))
+
+
+def describe(load: Load) -> str:
+    """The load in words."""
+    queues = "1 queue" if load.num_queues == 1 else f"{load.num_queues} queues"
+    ring = f"{'packed' if load.packed else 'split'} ring, {'indirect' if load.indirect else 'direct'} descriptors"
+    completion = "polled" if load.poll else "interrupts"
+    verified = ", verified" if load.verify else ""
+    return f"{load.rw} of {show_size(load.block_size)}, {queues}, {ring}, {completion}{verified}."
+
+
+def spread(figure: Spread | None, form: str) -> str:
+    if figure is None:
+        return NOT_KNOWN
+    middle, low, high = map(form.format, (figure.median, figure.low, figure.high))
+    return f"{middle} ({low}-{high})"
+
+
+def _median(samples: list[Sample], name: str, factor: float, form: str) -> str:
+    found = Spread.of(getattr(sample, name) for sample in samples)
+    return NOT_KNOWN if found is None else form.format(found.median * factor)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,135 @@
+"""`pyvirtio bench`: measures a vhost-user-blk back-end, or compares ours with that of others."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyvirtio.bench.load import PATTERNS, Load
+from pyvirtio.errors import ConfigError, ProtocolError
+from pyvirtio.properties import parse_size, show_size
+
+if TYPE_CHECKING:
+    from pyvirtio.bench.load import Sample
+    from pyvirtio.bench.target import Target
+
+MAX_IODEPTH = 128
+MAX_BLOCK = 1 << 20
+WIDTH_OF_A_FILE = 120  # columns, where the output is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Drives a vhost-user-blk socket without a virtual machine: requests and bytes per second, latencies, and the "
+        "CPU time that the back-end's process takes for each request. Writes go to the disk! Exit status 1 if a "
+        "request failed or the content was wrong."
+    )
+    parser.add_argument("device", nargs="?", choices=["blk"], help="what is behind the socket")
+    parser.add_argument("--socket-path", type=Path, metavar="PATH", help="a socket of any back-end")
+    parser.add_argument("--pid", type=int, metavar="N", help="its process, unless that is who listens")
+    parser.add_argument("--rw", default="randread", metavar="PATTERN", help=f"{', '.join(PATTERNS)} (randread)")
+    parser.add_argument("--bs", default="4k", metavar="SIZE", help="bytes of a request (4k)")
+    parser.add_argument("--iodepth", default="1,32", metavar="N,...", help="requests in flight, 1 to 128 (1,32)")
+    parser.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues, each with its iodepth (1)")
+    parser.add_argument("--size", default="1g", metavar="SIZE", help="how much of the disk is used, at most (1g)")
+    parser.add_argument("--packed", action="store_true", help="packed rings")
+    parser.add_argument("--indirect", action="store_true", help="indirect descriptors, as Linux uses them")
+    parser.add_argument("--poll", action="store_true", help="look for completions all the time; no interrupts")
+    parser.add_argument(
+        "--verify", action="store_true", help="write to all of --size first, and check all that is read"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="length of a measurement (1)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each depth, in turn (3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw them (needs matplotlib)")
+
+
+def main(args: argparse.Namespace) -> int:
+    load, iodepths = _load(args), _iodepths(args.iodepth)
+    _check(args)
+    try:
+        return _measure_one(args, load, iodepths)
+    except ProtocolError as error:
+        print("pyvirtio:", error, file=sys.stderr)
+        return 1
+
+
+def _measure_one(args: argparse.Namespace, load: Load, iodepths: list[int]) -> int:
+    from pyvirtio.bench.table import samples_table
+    from pyvirtio.bench.target import Target
+
+    with Target(args.socket_path, load, max(iodepths), args.pid) as target:
+        samples = _in_turn(target, iodepths, args.rounds, args.seconds)
+        target.check()
+    _console().print(samples_table(str(args.socket_path), load, samples))
+    _write(args, {"socket": str(args.socket_path), "load": asdict(load), "samples": [asdict(s) for s in samples]})
+    if args.plot:
+        from pyvirtio.bench.plot import draw_samples
+
+        draw_samples(samples, str(args.socket_path), args.plot)
+    failed = sum(sample.errors for sample in samples)
+    if failed:
+        print(f"pyvirtio: {args.socket_path}: {failed} requests failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _in_turn(target: "Target", iodepths: list[int], rounds: int, seconds: float) -> "list[Sample]":
+    return [target.measure(iodepth, seconds, seed=2 * round_ + 1) for round_ in range(rounds) for iodepth in iodepths]
+
+
+def _load(args: argparse.Namespace) -> Load:
+    if args.rw not in PATTERNS:
+        raise ConfigError(f"bench: --rw {args.rw} is not allowed: {', '.join(PATTERNS)}")
+    block_size, size = _size(args, "bs"), _size(args, "size")
+    if not 512 <= block_size <= MAX_BLOCK or block_size % 512:
+        raise ConfigError(f"bench: --bs {args.bs} is not allowed: multiples of 512 up to {show_size(MAX_BLOCK)}")
+    if not 1 <= args.num_queues <= 64:
+        raise ConfigError(f"bench: --num-queues {args.num_queues} is not allowed: 1 to 64")
+    return Load(args.rw, block_size, args.num_queues, size, args.packed, args.indirect, args.poll, args.verify)
+
+
+def _size(args: argparse.Namespace, option: str) -> int:
+    text: str = getattr(args, option)
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise ConfigError(f"bench: --{option} {text} is not a size") from None
+
+
+def _iodepths(text: str) -> list[int]:
+    """The depths of a list, lowest first."""
+    depths = {int(item) if item.isdecimal() else 0 for item in text.split(",")}
+    if not all(1 <= depth <= MAX_IODEPTH for depth in depths):
+        raise ConfigError(f"bench: --iodepth {text} is not allowed: numbers from 1 to {MAX_IODEPTH}, with commas")
+    return sorted(depths)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError before anything has started."""
+    if args.device is None or args.socket_path is None:
+        raise ConfigError("bench: say what to measure: `bench blk --socket-path PATH`")
+    if not 1 <= args.rounds <= 1000:
+        raise ConfigError(f"bench: --rounds {args.rounds} is not allowed: 1 to 1000")
+    if not 0.01 <= args.seconds <= 600:
+        raise ConfigError(f"bench: --seconds {args.seconds:g} is not allowed: 0.01 to 600")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("bench: --plot needs matplotlib: pip install 'pyvirtio[plot]'")
+    if args.plot and args.plot.suffix != ".svg":
+        raise ConfigError(f"bench: --plot {args.plot} is not allowed: the name has to end in .svg")
+    for file in filter(None, (args.json, args.plot)):
+        if not file.absolute().parent.is_dir() or file.is_dir():
+            raise ConfigError(f"bench: {file} cannot be written: no such directory, or one itself")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
+def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")

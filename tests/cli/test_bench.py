@@ -1,0 +1,119 @@
+"""`pyvirtio bench`: what it refuses, what it prints and writes, and its exit status."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import Start, programs
+
+from pyvirtio.cli.main import main
+from pyvirtio.testing.plugin import nothing_left_behind
+from pyvirtio.testing.vhost_user import MIB
+
+QUICK = ["--seconds", "0.01", "--rounds", "2", "--iodepth", "4,1"]
+
+REFUSED = {
+    "": "say what to measure: `bench blk --socket-path PATH`",
+    "blk": "say what to measure",
+    "tape --socket-path s": "invalid choice: 'tape'",
+    "blk --socket-path nowhere": "nowhere: No such file or directory",
+    "blk --socket-path s --rw trim": "--rw trim is not allowed: read, write, randread, randwrite, mixed",
+    "blk --socket-path s --bs 100": "--bs 100 is not allowed: multiples of 512 up to 1M",
+    "blk --socket-path s --bs big": "--bs big is not a size",
+    "blk --socket-path s --iodepth 1,129": "--iodepth 1,129 is not allowed: numbers from 1 to 128",
+    "blk --socket-path s --iodepth 1,,2": "--iodepth 1,,2 is not allowed",
+    "blk --socket-path s --num-queues 0": "--num-queues 0 is not allowed: 1 to 64",
+    "blk --socket-path s --rounds 0": "--rounds 0 is not allowed: 1 to 1000",
+    "blk --socket-path s --seconds nan": "--seconds nan is not allowed: 0.01 to 600",
+    "blk --socket-path s --json nowhere/j": "nowhere/j cannot be written",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.items())
+def test_a_mistake_is_one_line_and_status_2(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with nothing_left_behind():
+        assert main(["bench", *line.split()]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+def test_the_figures_of_a_server(tmp_path: Path, socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    with programs(tmp_path) as start:
+        server = start("blk", "--blk-file", "disk.img", "--num-queues", "2", "--socket-path", "s")
+        options = ["--num-queues", "2", "--indirect", "--rw", "mixed", "--verify", "--json", str(tmp_path / "j")]
+        assert main(["bench", "blk", "--socket-path", str(socket_path), *QUICK, *options]) == 0
+        cpu = [sample["cpu"] for sample in json.loads((tmp_path / "j").read_text())["samples"]]
+        assert server.poll() is None
+    shown = capsys.readouterr().out
+    assert "mixed of 4k, 2 queues, split ring, indirect descriptors, interrupts, verified." in shown
+    assert [line.split()[0] for line in shown.splitlines() if "(" in line and ")" in line][:2] == ["1", "4"]
+    assert all(value > 0 for value in cpu)
+
+
+def test_the_json_has_the_load_and_every_sample(tmp_path: Path, socket_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    with programs(tmp_path) as start:
+        start("blk", "--blk-file", "disk.img", "--socket-path", "s")
+        main(["bench", "blk", "--socket-path", str(socket_path), *QUICK, "--json", str(tmp_path / "j")])
+    figures = json.loads((tmp_path / "j").read_text())
+    assert figures["socket"] == str(socket_path)
+    assert figures["load"] == {
+        "rw": "randread", "block_size": 4096, "num_queues": 1, "size": 1 << 30, "packed": False, "indirect": False,
+        "poll": False, "verify": False,
+    }  # fmt: skip
+    assert [sample["iodepth"] for sample in figures["samples"]] == [1, 4, 1, 4]
+    for sample in figures["samples"]:
+        assert set(sample) == {
+            "iodepth", "requests", "errors", "seconds", "bytes", "p50", "p99", "p99_9", "max", "cpu", "kicks",
+            "interrupts",
+        }  # fmt: skip
+
+
+CORRUPTING = """
+from pyvirtio.backends.block import Memory
+from pyvirtio.devices.blk import Blk
+
+class Disk(Memory):
+    def preadv(self, buffers, offset):
+        super().preadv(buffers, offset)
+        buffers[0][0] ^= 1
+
+class Broken(Disk):
+    def preadv(self, buffers, offset):
+        raise OSError("worn out")
+
+class Corrupting(Blk):
+    def __init__(self, kind: str = "Disk") -> None:
+        super().__init__(globals()[kind](1 << 20))
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    (tmp_path / "disks.py").write_text(CORRUPTING)
+    with programs(tmp_path) as start:
+        yield start
+
+
+def test_wrong_content_is_one_line_and_status_1(
+    start: Start, socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start("disks.py:Corrupting", "--socket-path", "s")
+    assert main(["bench", "blk", "--socket-path", str(socket_path), *QUICK, "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert "wrong data at byte" in error
+    assert error.count("\n") == 1
+
+
+def test_requests_that_failed_are_status_1(start: Start, socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start("disks.py:Corrupting,kind=Broken", "--socket-path", "s")
+    assert main(["bench", "blk", "--socket-path", str(socket_path), *QUICK]) == 1
+    assert "requests failed\n" in capsys.readouterr().err
