@@ -6,6 +6,7 @@ from attack import RING, Attack, Keeper
 from pyvirtio.testing import Guest
 from pyvirtio.testing.ring import NEXT, WRITE, Desc
 
+pytestmark = pytest.mark.guest(transport=("modern", "vhost-user"))
 ALL_ONES = (1 << 64) - 1
 
 
@@ -93,6 +94,7 @@ def test_across_the_end_of_a_region_into_a_hole(attack: Attack, region: int, fla
     attack.breaks("descriptor 0")
 
 
+@pytest.mark.guest(transport="modern")
 @pytest.mark.parametrize("flags", [0, WRITE])
 @pytest.mark.parametrize("bar", [1, 4])
 def test_an_address_in_a_bar(attack: Attack, bar: int, flags: int) -> None:

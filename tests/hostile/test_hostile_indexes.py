@@ -7,6 +7,8 @@ from attack import RING, Attack, echo
 
 from pyvirtio.testing.ring import WRITE, Desc
 
+pytestmark = pytest.mark.guest(transport=("modern", "vhost-user"))
+
 
 @pytest.mark.parametrize("jump", [RING + 1, RING + 2, 0x8000, 0xFFFF])
 def test_avail_jumps_further_than_the_queue(direct: Attack, jump: int) -> None:
@@ -72,6 +74,7 @@ def test_garbage_in_the_used_ring_changes_nothing(direct: Attack, value: int) ->
     direct.recovers()
 
 
+@pytest.mark.guest(transport="modern")
 def test_a_kick_with_nothing_new_does_nothing(direct: Attack) -> None:
     echo(direct.queue)
     used, chains = direct.ring.used_idx, direct.driver.function.dataplane.queues[0].counters["chains"]

@@ -5,6 +5,8 @@ from attack import RING, Attack
 
 from pyvirtio.testing.ring import INDIRECT, NEXT, WRITE, Desc, linked
 
+pytestmark = pytest.mark.guest(transport=("modern", "vhost-user"))
+
 
 def good(attack: Attack) -> Desc:
     return Desc(attack.buffer, 8, WRITE)
@@ -60,6 +62,7 @@ def test_a_table_across_the_end_of_ram(direct: Attack) -> None:
     direct.breaks("echoq")
 
 
+@pytest.mark.guest(transport="modern")
 @pytest.mark.parametrize("bar", [1, 4])
 def test_a_table_in_a_bar(direct: Attack, bar: int) -> None:
     direct.ring.write_desc(0, Desc(direct.driver.pci.bars[bar].base, 16, INDIRECT))
