@@ -14,7 +14,7 @@ LAYERS = [
     ["_core", "spec", "errors", "properties"],
     ["device", "backends"],
     ["devices"],
-    ["dataplane", "notifiers"],
+    ["dataplane", "events", "notifiers"],
     ["transports", "vhost"],
     ["accel", "vmm", "serve"],
     ["cli", "lab", "demo", "bench", "testing"],

@@ -5,7 +5,7 @@ A device is a class and a virtqueue is a method: see `Device` and `queue`.
 
 from pyvirtio._core import Chain, VirtQueue
 from pyvirtio.backends.block import BlockBackend
-from pyvirtio.device import Device, queue
+from pyvirtio.device import Device, every, poll, queue
 from pyvirtio.errors import ConfigError, GuestError, ProtocolError, StaleChain
 from pyvirtio.spec import DeviceId
 
@@ -19,5 +19,7 @@ __all__ = [
     "ProtocolError",
     "StaleChain",
     "VirtQueue",
+    "every",
+    "poll",
     "queue",
 ]

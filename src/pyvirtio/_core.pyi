@@ -12,6 +12,7 @@ __all__ = [
     "BlkPlane",
     "CallFd",
     "Chain",
+    "Completed",
     "DeviceState",
     "GuestMemory",
     "IoThread",
@@ -20,6 +21,7 @@ __all__ = [
     "Kick",
     "MsixVector",
     "Serial",
+    "Timer",
     "Vcpu",
     "VirtQueue",
     "Vm",
@@ -164,6 +166,18 @@ class Chain:
         """
 
 @final
+class Completed:
+    """A chain that its handler completed and that a tap keeps from the driver."""
+
+    @property
+    def head(self) -> int: ...
+    @property
+    def length(self) -> int:
+        """The used length that the driver is told."""
+    def resized(self, length: int) -> Completed:
+        """The same chain with another used length."""
+
+@final
 class VirtQueue:
     """One virtqueue: iterate over it to take the chains the driver made available.
 
@@ -218,6 +232,20 @@ class VirtQueue:
 
         `GuestError` if the ring does not lie in it; then it stays where it is.
         """
+    def set_handler(self, handler: _Handler) -> None:
+        """Serve by another handler from its next call on; what the old one has taken is its to complete."""
+    def set_tap(self, tap: Callable[[list[Completed]], object] | None) -> None:
+        """Give every chain that is completed to `tap` instead of the driver; None ends that.
+
+        It runs where the chains would have been published: on the thread that serves the queue, or on the one that
+        completed late. Holds for all later starts of the queue. The queue keeps `tap` alive.
+        """
+    def give_back(self, chains: Sequence[Completed], interrupt: bool | None = None) -> None:
+        """Put chains that a tap got into the used ring, in this order, and publish them. Any thread.
+
+        `interrupt` overrides whether the driver is interrupted; with no chains it is for nothing. A chain of before
+        the last stop of the queue is dropped.
+        """
     def service(self) -> bool:
         """Serve what is available, on this thread, or leave it to the thread that serves already.
 
@@ -239,6 +267,19 @@ class VirtQueue:
     @property
     def counters(self) -> dict[str, int]:
         """notifies (exits), kicks (signals seen), wakeups, chains, interrupts, suppressed; since the queue was made."""
+
+@final
+class Timer:
+    """A timer whose fd is readable once it has expired, for `IoThread.watch`; stopped at first."""
+
+    def __new__(cls) -> Self: ...
+    @property
+    def fd(self) -> int: ...
+    def start(self, first: float, interval: float = 0.0) -> None:
+        """Expire `first` seconds from now, then every `interval` seconds unless that is 0."""
+    def stop(self) -> None: ...
+    def take(self) -> int:
+        """How often it expired since this was last asked; 0 makes its fd wait for the next time."""
 
 @final
 class IoThread:

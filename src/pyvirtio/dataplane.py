@@ -11,6 +11,7 @@ from pyvirtio import _core
 from pyvirtio._core import DeviceState, GuestMemory, VirtQueue
 from pyvirtio.device import Device, Handler, Queue
 from pyvirtio.errors import ConfigError
+from pyvirtio.events import Events
 from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.properties import Range
 from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, Feature
@@ -160,6 +161,7 @@ class Dataplane:
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
         self.queues = [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(self._declared)]
         self.notifiers = HostNotifiers(name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd)
+        self.events = Events(device, self.state, iothread.loop)
         device.config_changed = self.state.notify_config
         self._active = False
 
@@ -198,16 +200,19 @@ class Dataplane:
         """DRIVER_OK: activate the device first, start the notifiers last. Repeating it changes nothing."""
         self.activate(features)
         self.state.driver_ok = True
+        self.events.start()
         self.notifiers.start()
 
     def pause(self) -> dict[int, tuple[int, int]]:
         """Give all rings up without a reset; return where to go on, by queue index."""
         self.notifiers.stop()
+        self.events.stop()
         return {vq.index: vq.stop() for vq in self.queues if vq.ready}
 
     def stop(self) -> None:
         """Stop the notifiers first, wait for what is in flight, and deactivate the device last."""
         self.notifiers.stop()
+        self.events.stop()
         self.state.driver_ok = False
         for vq in self.queues:
             if vq.ready:

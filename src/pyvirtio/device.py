@@ -78,6 +78,70 @@ def queue(size: int | str = 256, *, count: int | str = 1, native: bool = False) 
     return declare
 
 
+@dataclass(frozen=True)
+class Event:
+    """A method of a device that runs when `fd` is readable, or every so many `seconds`; `name` is for messages."""
+
+    name: str
+    method: Callable[[], object]
+    fd: int | None = None
+    seconds: float | None = None
+
+
+def poll(fd: str | int) -> Callable[[Method], Method]:
+    """Make a method run on the device's I/O thread whenever a file descriptor is readable, while a driver is up.
+
+    `fd` names the attribute that holds it, a number or anything with a `fileno()`. The method must not block, and is
+    called again while there is something to read. An exception breaks the device.
+    """
+
+    def declare(method: Method) -> Method:
+        method._event = {"fd": fd}  # type: ignore[attr-defined]
+        return method
+
+    return declare
+
+
+def every(seconds: str | float) -> Callable[[Method], Method]:
+    """Make a method run on the device's I/O thread every so many seconds, while a driver is up.
+
+    `seconds` may name the attribute that holds the number. A round that comes too late is left out. What `poll` says
+    of the method holds.
+    """
+
+    def declare(method: Method) -> Method:
+        method._event = {"seconds": seconds}  # type: ignore[attr-defined]
+        return method
+
+    return declare
+
+
+def events_of(device: object) -> list[Event]:
+    """What the methods of a device wait for besides the queues; `ConfigError` for what cannot be waited for."""
+    return [_event(device, name, given) for name, given in _marked(type(device), "_event").items()]
+
+
+def _marked(cls: type, mark: str) -> dict[str, Any]:
+    """What a decorator left at the methods of a class and its bases, by name."""
+    bases = reversed(cls.__mro__)
+    return {name: getattr(m, mark) for base in bases for name, m in vars(base).items() if hasattr(m, mark)}
+
+
+def _event(device: object, name: str, given: dict[str, Any]) -> Event:
+    ((key, value),) = given.items()
+    who = f"{type(device).__name__}.{name}"
+    found = getattr(device, value, None) if isinstance(value, str) else value
+    if key == "seconds":
+        if not isinstance(found, (int, float)) or found <= 0:
+            raise ConfigError(f"{who}: @every({value!r}) is {found!r}, which is no number of seconds above 0")
+        return Event(who, getattr(device, name), seconds=found)
+    fileno = getattr(found, "fileno", None)
+    fd = fileno() if fileno else found
+    if not isinstance(fd, int) or fd < 0:
+        raise ConfigError(f"{who}: @poll({value!r}) is {found!r}, which is no file descriptor")
+    return Event(who, getattr(device, name), fd=fd)
+
+
 class Device:
     """A virtio device: what it is called, what it offers, and how it serves its queues.
 
@@ -125,11 +189,7 @@ class Device:
     @property
     def queues(self) -> list[Queue]:
         """The virtqueues, in the order in which the class and its bases declare them."""
-        declared: dict[str, _Declared] = {}
-        for cls in reversed(type(self).__mro__):
-            for name, method in vars(cls).items():
-                if hasattr(method, "_queue"):
-                    declared[name] = method._queue
+        declared = _marked(type(self), "_queue")
         return [q for name, d in declared.items() for q in d.of(self, name, getattr(self, name))]
 
     @contextmanager

@@ -15,6 +15,7 @@ pub mod planes;
 pub mod queue;
 mod sigbus;
 pub mod sync;
+pub mod timer;
 mod tsc;
 pub mod watch;
 
@@ -23,7 +24,9 @@ pub use device_state::DeviceState;
 pub use interrupt::{CallFd, Interrupt, IrqLine, Isr, Line, MsixVector};
 pub use iothread::IoThread;
 pub use memory::GuestMemory;
+pub use queue::tap::{Completed, Tap};
 pub use queue::{Handler, RingConfig, VirtQueue};
+pub use timer::Timer;
 pub use tsc::tsc;
 pub use watch::{Watch, Watcher};
 

@@ -16,6 +16,8 @@ mod kvm;
 mod logging;
 mod memory;
 mod queue;
+mod tap;
+mod timer;
 
 #[pymodule]
 mod _core {
@@ -37,6 +39,10 @@ mod _core {
     use crate::memory::GuestMemory;
     #[pymodule_export]
     use crate::queue::VirtQueue;
+    #[pymodule_export]
+    use crate::tap::Completed;
+    #[pymodule_export]
+    use crate::timer::Timer;
 
     use pyo3::prelude::*;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
 use pyvirtio_core::interrupt::ISR_QUEUE;
-use pyvirtio_core::{Interrupt, RingConfig};
+use pyvirtio_core::{Interrupt, RingConfig, Tap};
 
 use crate::chain::Chain;
 use crate::device_state::DeviceState;
@@ -14,6 +14,7 @@ use crate::errors::{guest_error, os_error};
 use crate::handler::handler;
 use crate::interrupt::{interrupt, CallFd, Isr, MsixVector};
 use crate::memory::GuestMemory;
+use crate::tap::{Completed, PythonTap};
 
 #[pyclass(frozen, module = "pyvirtio._core")]
 pub struct VirtQueue {
@@ -105,6 +106,22 @@ impl VirtQueue {
 
     fn set_memory(&self, memory: &GuestMemory) -> PyResult<()> {
         self.inner.set_memory(&memory.inner).map_err(guest_error)
+    }
+
+    fn set_handler(slf: &Bound<'_, Self>, handler: &Bound<'_, PyAny>) {
+        slf.get().inner.set_handler(self::handler(handler, slf));
+    }
+
+    #[pyo3(signature = (tap))]
+    fn set_tap(&self, py: Python<'_>, tap: Option<Py<PyAny>>) {
+        let tap = tap.map(|tap| Arc::new(PythonTap(tap)) as Arc<dyn Tap>);
+        py.detach(|| self.inner.set_tap(tap));
+    }
+
+    #[pyo3(signature = (chains, interrupt = None))]
+    fn give_back(&self, py: Python<'_>, chains: Vec<PyRef<'_, Completed>>, interrupt: Option<bool>) {
+        let chains: Vec<_> = chains.iter().map(|chain| chain.0).collect();
+        py.detach(|| self.inner.give_back(&chains, interrupt));
     }
 
     fn service(&self, py: Python<'_>) -> bool {

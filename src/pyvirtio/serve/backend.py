@@ -7,6 +7,7 @@ from pyvirtio._core import CallFd, DeviceState, VirtQueue
 from pyvirtio.dataplane import IoThread, declared_queues, reset_device
 from pyvirtio.device import Device
 from pyvirtio.errors import GuestError
+from pyvirtio.events import Events
 from pyvirtio.serve.memory import MemoryTable
 from pyvirtio.serve.vring import Vring, call_fd
 from pyvirtio.serve.wire import PROTOCOL_FEATURES
@@ -41,6 +42,7 @@ class Backend:
         self.vrings = [
             Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothread) for index, q in enumerate(queues)
         ]
+        self.events = Events(device, self.state, iothread.loop)
         self._activated: int | None = None
         """The features that the device was activated with."""
 
@@ -101,9 +103,11 @@ class Backend:
         self._reset_device()
         self._activated = features
         self.device.activate(features)
+        self.events.start()
 
     def _reset_device(self) -> None:
         """No ring runs."""
+        self.events.stop()
         if self._activated is not None:
             self._activated = None
             reset_device(self.device)

@@ -6,6 +6,7 @@ mod model;
 pub mod notify;
 mod service;
 mod split;
+pub mod tap;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use self::doorbell::{Doorbell, Drained};
 use self::service::{this_thread, Active, Served};
 use self::split::SplitRing;
+use self::tap::Tap;
 use crate::chain::Chain;
 use crate::counters::Counters;
 use crate::device_state::DeviceState;
@@ -58,6 +60,7 @@ pub struct VirtQueue {
     /// The thread that serves, by the address of a thread-local.
     server: AtomicUsize,
     interrupt: RwLock<Option<Interrupt>>,
+    tap: Mutex<Option<Arc<dyn Tap>>>,
     pub counters: Counters,
 }
 
@@ -73,6 +76,7 @@ impl VirtQueue {
             run: AtomicU64::new(0),
             server: AtomicUsize::new(0),
             interrupt: RwLock::new(None),
+            tap: Mutex::new(None),
             counters: Counters::default(),
         })
     }
@@ -126,7 +130,7 @@ impl VirtQueue {
         if active.is_some() {
             return Err(named(GuestError("the queue is started already".into())));
         }
-        *active = Some(Active::new(ring, handler));
+        *active = Some(Active::new(ring, handler, self.new_tapped()));
         Ok(())
     }
 
@@ -195,20 +199,33 @@ impl VirtQueue {
         self.state.fail(&format!("{name}: {who} dropped chain {head} without complete(); each has to be completed"));
     }
 
+    /// Serve by another handler from the next pass on; what the old one has taken is its to complete.
+    pub fn set_handler(&self, handler: Arc<dyn Handler>) {
+        let old = self.active().as_mut().map(|active| std::mem::replace(&mut active.handler, handler));
+        drop(old);
+    }
+
     /// Whether this thread is the one that serves the queue.
     pub fn is_server(&self) -> bool {
         self.server.load(Ordering::Relaxed) == this_thread()
     }
 
-    /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
-    /// The caller holds the state's epoch.
+    /// Give a chain back; the caller holds the state's epoch, and calls `publish_late` when it does not any more.
     pub(crate) fn put(&self, head: u16, length: u32) {
         if let Some(active) = self.active().as_mut() {
+            if let Some(tapped) = &mut active.tapped {
+                tapped.put(head, length, self.run());
+                return;
+            }
             active.in_flight = active.in_flight.saturating_sub(1);
             if !self.state.is_broken() {
                 active.ring.put(head, length);
             }
         }
+    }
+
+    /// Publish what was put, unless the handler does at the end of its call.
+    pub(crate) fn publish_late(&self) {
         if !self.is_server() {
             self.publish();
         }
@@ -217,7 +234,13 @@ impl VirtQueue {
     /// Make known what has been completed so far, with one interrupt decision. Happens by itself at the end of a
     /// handler's call, and after a completion on any other thread.
     pub fn publish(&self) {
-        let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
+        if !self.pass_to_tap() {
+            let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
+            self.interrupt(decision);
+        }
+    }
+
+    fn interrupt(&self, decision: Option<bool>) {
         match decision {
             None => (),
             Some(false) => self.counters.suppressed.add(1),

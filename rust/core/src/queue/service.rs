@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::doorbell::{Pass, Serve};
 use super::split::SplitRing;
+use super::tap::Tapped;
 use super::{Handler, VirtQueue};
 use crate::chain::Segments;
 use crate::GuestError;
@@ -16,6 +17,7 @@ const BUDGET: u32 = 256;
 pub(super) struct Active {
     pub ring: SplitRing,
     pub in_flight: u16,
+    pub tapped: Option<Tapped>,
     pub handler: Arc<dyn Handler>,
     /// Chains the handler may still take in this service, and those it took in this pass.
     budget: u32,
@@ -23,8 +25,8 @@ pub(super) struct Active {
 }
 
 impl Active {
-    pub fn new(ring: SplitRing, handler: Arc<dyn Handler>) -> Self {
-        Self { ring, handler, in_flight: 0, budget: BUDGET, taken: 0 }
+    pub fn new(ring: SplitRing, handler: Arc<dyn Handler>, tapped: Option<Tapped>) -> Self {
+        Self { ring, handler, tapped, in_flight: 0, budget: BUDGET, taken: 0 }
     }
 
     /// The next chain's head and segments. `inside`: taken by the handler while it is being called.

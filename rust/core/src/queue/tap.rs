@@ -1,0 +1,100 @@
+//! A tap between completed chains and the used ring, for faults on purpose. Without one it costs a comparison.
+
+use std::sync::{Arc, PoisonError};
+
+use super::VirtQueue;
+
+/// A chain that its handler completed and that the driver has not got back.
+#[derive(Debug, Clone, Copy)]
+pub struct Completed {
+    pub head: u16,
+    /// The used length that the driver is told.
+    pub length: u32,
+    run: u64,
+}
+
+impl Completed {
+    /// The same chain with another used length.
+    #[must_use]
+    pub fn resized(self, length: u32) -> Self {
+        Self { length, ..self }
+    }
+}
+
+/// Gets every chain that is completed, and gives back to the driver what it likes with `VirtQueue::give_back`.
+pub trait Tap: Send + Sync {
+    /// What was completed since the last call. Runs where it would have been published, without a lock.
+    fn completed(&self, batch: Vec<Completed>);
+}
+
+/// The tap of a started queue, and what it has not seen yet.
+pub(super) struct Tapped {
+    tap: Arc<dyn Tap>,
+    batch: Vec<Completed>,
+}
+
+impl Tapped {
+    pub fn new(tap: Arc<dyn Tap>) -> Self {
+        Self { tap, batch: Vec::new() }
+    }
+
+    pub fn put(&mut self, head: u16, length: u32, run: u64) {
+        self.batch.push(Completed { head, length, run });
+    }
+}
+
+impl VirtQueue {
+    /// From now on completed chains go to `tap`, or to the driver again. Holds for all later starts of the queue.
+    pub fn set_tap(&self, tap: Option<Arc<dyn Tap>>) {
+        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = tap.clone();
+        let before = match self.active().as_mut() {
+            Some(active) => std::mem::replace(&mut active.tapped, tap.map(Tapped::new)),
+            None => None,
+        };
+        if let Some(Tapped { batch, .. }) = before {
+            self.give_back(&batch, None);
+        }
+    }
+
+    pub(super) fn new_tapped(&self) -> Option<Tapped> {
+        self.tap.lock().unwrap_or_else(PoisonError::into_inner).clone().map(Tapped::new)
+    }
+
+    /// Hand over what was completed; false if there is no tap.
+    pub(super) fn pass_to_tap(&self) -> bool {
+        let (tap, batch) = match self.active().as_mut().and_then(|active| active.tapped.as_mut()) {
+            Some(Tapped { tap, batch }) => (tap.clone(), std::mem::take(batch)),
+            None => return false,
+        };
+        if !batch.is_empty() {
+            tap.completed(batch);
+        }
+        true
+    }
+
+    /// Put chains into the used ring, in this order, and publish them with one interrupt decision, or with the one
+    /// that is given. A chain may be given back twice, and none makes an interrupt for nothing. Any thread.
+    ///
+    /// Those of an earlier run of the queue are dropped.
+    pub fn give_back(&self, chains: &[Completed], interrupt: Option<bool>) {
+        let decision = {
+            // A reset waits: nothing of the old driver lands in the new one's ring.
+            let _epoch = self.state.epoch();
+            let run = self.run();
+            let mut active = self.active();
+            let Some(active) = active.as_mut() else { return };
+            for chain in chains.iter().filter(|chain| chain.run == run) {
+                active.in_flight = active.in_flight.saturating_sub(1);
+                if !self.state.is_broken() {
+                    active.ring.put(chain.head, chain.length);
+                }
+            }
+            active.ring.publish(active.in_flight == 0)
+        };
+        self.interrupt(match interrupt {
+            Some(true) => Some(true),
+            Some(false) => decision.and(Some(false)),
+            None => decision,
+        });
+    }
+}
