@@ -270,7 +270,7 @@ impl Chain {
         }
         self.live(|| self.vq.put(self.head, self.written))?;
         self.completed = true;
-        self.vq.publish_late();
+        self.vq.pass_late();
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ mod split;
 pub mod tap;
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::doorbell::{Doorbell, Drained};
@@ -61,6 +61,8 @@ pub struct VirtQueue {
     server: AtomicUsize,
     interrupt: RwLock<Option<Interrupt>>,
     tap: Mutex<Option<Arc<dyn Tap>>>,
+    /// Whether there is a tap, for those who have no lock.
+    has_tap: AtomicBool,
     pub counters: Counters,
 }
 
@@ -77,6 +79,7 @@ impl VirtQueue {
             server: AtomicUsize::new(0),
             interrupt: RwLock::new(None),
             tap: Mutex::new(None),
+            has_tap: AtomicBool::new(false),
             counters: Counters::default(),
         })
     }
@@ -210,7 +213,8 @@ impl VirtQueue {
         self.server.load(Ordering::Relaxed) == this_thread()
     }
 
-    /// Give a chain back; the caller holds the state's epoch, and calls `publish_late` when it does not any more.
+    /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
+    /// The caller holds the state's epoch, or a stop could come in between; without it `pass_late` follows.
     pub(crate) fn put(&self, head: u16, length: u32) {
         if let Some(active) = self.active().as_mut() {
             if let Some(tapped) = &mut active.tapped {
@@ -222,12 +226,8 @@ impl VirtQueue {
                 active.ring.put(head, length);
             }
         }
-    }
-
-    /// Publish what was put, unless the handler does at the end of its call.
-    pub(crate) fn publish_late(&self) {
         if !self.is_server() {
-            self.publish();
+            self.publish_ring();
         }
     }
 
@@ -235,9 +235,13 @@ impl VirtQueue {
     /// handler's call, and after a completion on any other thread.
     pub fn publish(&self) {
         if !self.pass_to_tap() {
-            let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
-            self.interrupt(decision);
+            self.publish_ring();
         }
+    }
+
+    fn publish_ring(&self) {
+        let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
+        self.interrupt(decision);
     }
 
     fn interrupt(&self, decision: Option<bool>) {

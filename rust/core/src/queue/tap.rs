@@ -1,5 +1,6 @@
 //! A tap between completed chains and the used ring, for faults on purpose. Without one it costs a comparison.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::VirtQueue;
@@ -46,11 +47,16 @@ impl Tapped {
 impl VirtQueue {
     /// From now on completed chains go to `tap`, or to the driver again. Holds for all later starts of the queue.
     pub fn set_tap(&self, tap: Option<Arc<dyn Tap>>) {
-        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = tap.clone();
+        let mut current = self.tap.lock().unwrap_or_else(PoisonError::into_inner);
+        current.clone_from(&tap);
+        // Before a chain can be put into it.
+        self.has_tap.fetch_or(tap.is_some(), Ordering::Relaxed);
         let before = match self.active().as_mut() {
-            Some(active) => std::mem::replace(&mut active.tapped, tap.map(Tapped::new)),
+            Some(active) => std::mem::replace(&mut active.tapped, tap.clone().map(Tapped::new)),
             None => None,
         };
+        self.has_tap.store(tap.is_some(), Ordering::Relaxed);
+        drop(current);
         if let Some(Tapped { batch, .. }) = before {
             self.give_back(&batch, None);
         }
@@ -62,6 +68,9 @@ impl VirtQueue {
 
     /// Hand over what was completed; false if there is no tap.
     pub(super) fn pass_to_tap(&self) -> bool {
+        if !self.has_tap.load(Ordering::Relaxed) {
+            return false;
+        }
         let (tap, batch) = match self.active().as_mut().and_then(|active| active.tapped.as_mut()) {
             Some(Tapped { tap, batch }) => (tap.clone(), std::mem::take(batch)),
             None => return false,
@@ -70,6 +79,13 @@ impl VirtQueue {
             tap.completed(batch);
         }
         true
+    }
+
+    /// What was put on a thread that does not serve goes to the tap at once.
+    pub(crate) fn pass_late(&self) {
+        if !self.is_server() {
+            self.pass_to_tap();
+        }
     }
 
     /// Put chains into the used ring, in this order, and publish them with one interrupt decision, or with the one
