@@ -14,7 +14,9 @@ __all__ = [
     "Chain",
     "Completed",
     "DeviceState",
+    "DirtyLog",
     "GuestMemory",
+    "InflightRegion",
     "IoThread",
     "IrqLine",
     "Isr",
@@ -128,6 +130,27 @@ class DeviceState:
         """Start a new epoch: chains of the old one raise `StaleChain`; forget why the device was broken."""
 
 @final
+class DirtyLog:
+    """A bitmap of the pages of guest memory that a device has written, which a front-end clears as it likes.
+
+    `bitmap` is the file of the bits, from address 0; `changed` is signalled after some were set. What lies past its end
+    is not marked.
+    """
+
+    def __new__(cls, bitmap: GuestMemory, changed: CallFd | None) -> Self: ...
+
+@final
+class InflightRegion:
+    """Where a queue of at most `entries` entries notes its requests in flight: `bytes(entries)` at `at` in `memory`.
+
+    Zeroes are a region that has not been used yet.
+    """
+
+    def __new__(cls, memory: GuestMemory, at: int, entries: int) -> Self: ...
+    @staticmethod
+    def bytes(entries: int) -> int: ...
+
+@final
 class Chain:
     """One request of the driver: its device-readable bytes, then its device-writable bytes.
 
@@ -217,8 +240,12 @@ class VirtQueue:
         notify_on_empty: bool = False,
         next_avail: int = 0,
         next_used: int = 0,
+        inflight: InflightRegion | None = None,
     ) -> None:
-        """Take a ring into use. `GuestError` if it is unaligned, overlaps itself or lies outside RAM."""
+        """Take a ring into use. `GuestError` if it is unaligned, overlaps itself or lies outside RAM.
+
+        With `inflight`, what it says was in flight is served first, and decides about `next_avail`.
+        """
     def stop(self) -> tuple[int, int]:
         """Wait for a running handler, forget the ring; return (next avail index, next used index).
 
@@ -245,6 +272,11 @@ class VirtQueue:
 
         `interrupt` overrides whether the driver is interrupted; with no chains it is for nothing. A chain of before
         the last stop of the queue is dropped.
+        """
+    def set_log(self, log: DirtyLog | None, used: int | None = None) -> None:
+        """Mark from now on, until the ring stops, what is written to guest memory.
+
+        The used ring is marked as if it lay at the guest address `used`, or not at all.
         """
     def service(self) -> bool:
         """Serve what is available, on this thread, or leave it to the thread that serves already.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pyvirtio import _core
-from pyvirtio._core import DeviceState, GuestMemory, VirtQueue
+from pyvirtio._core import DeviceState, GuestMemory, InflightRegion, VirtQueue
 from pyvirtio.device import Device, Handler, Queue
 from pyvirtio.errors import ConfigError
 from pyvirtio.events import Events
@@ -113,6 +113,7 @@ def start_ring(
     *,
     legacy: bool,
     at: tuple[int, int],
+    inflight: InflightRegion | None = None,
 ) -> None:
     """Take a ring into use as the driver has set it up; `GuestError` if it cannot be one."""
     vq.start(
@@ -127,6 +128,7 @@ def start_ring(
         notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
         next_avail=at[0],
         next_used=at[1],
+        inflight=inflight,
     )
 
 

@@ -268,7 +268,7 @@ impl Chain {
             self.check_live()?;
             return Err(ChainError::Completed);
         }
-        self.live(|| self.vq.put(self.head, self.written))?;
+        self.live(|| self.vq.put(self.head, self.written, &self.memory, self.segments.writable()))?;
         self.completed = true;
         self.vq.pass_late();
         Ok(())

@@ -103,6 +103,15 @@ impl GuestMemory {
         Some((unsafe { region.as_ptr().add(offset as usize) }, left))
     }
 
+    /// The guest address of memory that `pieces` gave.
+    pub fn address_of(&self, host: *const u8) -> Option<u64> {
+        let inside = |region: &&Mapped| {
+            (host as u64).checked_sub(region.as_ptr() as u64).is_some_and(|offset| offset < region.len())
+        };
+        let region = self.0.iter().find(inside)?;
+        Some(region.start_addr().0 + (host as u64 - region.as_ptr() as u64))
+    }
+
     /// Call `each` with the host memory behind a range of guest memory, one piece per region it lies in.
     ///
     /// The pieces stay mapped as long as a clone of this object lives; the guest may change them at any time.

@@ -8,8 +8,10 @@ mod buffer;
 mod bytes;
 mod chain;
 mod device_state;
+mod dirty_log;
 mod errors;
 mod handler;
+mod inflight;
 mod interrupt;
 mod iothread;
 mod kvm;
@@ -29,6 +31,10 @@ mod _core {
     use crate::chain::Chain;
     #[pymodule_export]
     use crate::device_state::DeviceState;
+    #[pymodule_export]
+    use crate::dirty_log::DirtyLog;
+    #[pymodule_export]
+    use crate::inflight::InflightRegion;
     #[pymodule_export]
     use crate::interrupt::{CallFd, IrqLine, Isr, MsixVector};
     #[pymodule_export]

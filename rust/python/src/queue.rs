@@ -10,8 +10,10 @@ use pyvirtio_core::{Interrupt, RingConfig, Tap};
 
 use crate::chain::Chain;
 use crate::device_state::DeviceState;
+use crate::dirty_log::DirtyLog;
 use crate::errors::{guest_error, os_error};
 use crate::handler::handler;
+use crate::inflight::InflightRegion;
 use crate::interrupt::{interrupt, CallFd, Isr, MsixVector};
 use crate::memory::GuestMemory;
 use crate::tap::{Completed, PythonTap};
@@ -66,7 +68,7 @@ impl VirtQueue {
     }
 
     #[pyo3(signature = (memory, handler, *, size, desc, avail, used, event_idx = false, indirect = false,
-                        notify_on_empty = false, next_avail = 0, next_used = 0))]
+                        notify_on_empty = false, next_avail = 0, next_used = 0, inflight = None))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn start(
         slf: &Bound<'_, Self>,
@@ -81,12 +83,24 @@ impl VirtQueue {
         notify_on_empty: bool,
         next_avail: u16,
         next_used: u16,
+        inflight: Option<&InflightRegion>,
     ) -> PyResult<()> {
         let vq = &slf.get().inner;
         // A size that does not fit is refused like any other that is no power of two up to the maximum.
         let size = u16::try_from(size).unwrap_or(u16::MAX);
-        let config =
-            RingConfig { size, desc, avail, used, event_idx, indirect, notify_on_empty, next_avail, next_used };
+        let inflight = inflight.map(|region| region.inner.clone());
+        let config = RingConfig {
+            size,
+            desc,
+            avail,
+            used,
+            event_idx,
+            indirect,
+            notify_on_empty,
+            next_avail,
+            next_used,
+            inflight,
+        };
         vq.start(memory.inner.clone(), &config, self::handler(handler, slf)).map_err(guest_error)
     }
 
@@ -122,6 +136,11 @@ impl VirtQueue {
     fn give_back(&self, py: Python<'_>, chains: Vec<PyRef<'_, Completed>>, interrupt: Option<bool>) {
         let chains: Vec<_> = chains.iter().map(|chain| chain.0).collect();
         py.detach(|| self.inner.give_back(&chains, interrupt));
+    }
+
+    #[pyo3(signature = (log, used = None))]
+    fn set_log(&self, log: Option<&DirtyLog>, used: Option<u64>) {
+        self.inner.set_log(log.map(|log| log.inner.clone()), used);
     }
 
     fn service(&self, py: Python<'_>) -> bool {

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Callable
 
-from pyvirtio._core import CallFd, DeviceState, VirtQueue
+from pyvirtio._core import CallFd, DeviceState, DirtyLog, GuestMemory, VirtQueue
 from pyvirtio.dataplane import IoThread, declared_queues, reset_device
 from pyvirtio.device import Device
-from pyvirtio.errors import GuestError
+from pyvirtio.errors import GuestError, ProtocolError
 from pyvirtio.events import Events
 from pyvirtio.serve.memory import MemoryTable
 from pyvirtio.serve.vring import Vring, call_fd
-from pyvirtio.serve.wire import PROTOCOL_FEATURES
+from pyvirtio.serve.wire import LOG_ALL, PROTOCOL_FEATURES
 
+BITS_OF_A_PAGE = 8 * 4096
+"""Bytes of guest memory for each byte of a log."""
 MAX_VRINGS = 256
 """The protocol has 8 bits for an index where a file descriptor comes with it."""
 
@@ -35,6 +37,8 @@ class Backend:
     def __init__(self, device: Device, iothread: IoThread) -> None:
         self.device = device
         self.features = 0
+        self.status = 0
+        """What the front-end last said that it is."""
         self.table = MemoryTable()
         self._errs: dict[int, CallFd] = {}
         self.state = DeviceState(device.name, _broken(device.name, self._errs))
@@ -43,12 +47,16 @@ class Backend:
             Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothread) for index, q in enumerate(queues)
         ]
         self.events = Events(device, self.state, iothread.loop)
+        self._log: GuestMemory | None = None
+        self._log_call: CallFd | None = None
         self._activated: int | None = None
         """The features that the device was activated with."""
 
     def settle(self) -> None:
         """Run the rings that are ready, and no others. Calling it twice changes nothing."""
+        log = self._dirty_log()
         for vring in self.vrings:
+            vring.set_log(log)
             if not vring.ready:
                 vring.stop()
         for vring in self.vrings:
@@ -69,6 +77,22 @@ class Backend:
                 self.state.fail(f"{vring.vq.name} lost its memory: {error}")
         self.settle()
 
+    def set_log(self, bitmap: GuestMemory) -> None:
+        """Where to mark what is written, while the features say so."""
+        ((_, size, _, _),) = bitmap.regions
+        if size * BITS_OF_A_PAGE < self.table.end:
+            raise ProtocolError(f"a log of {size} bytes ends before the memory does ({self.table.end:#x})")
+        self._log = bitmap
+        self.settle()
+
+    def set_log_call(self, call: CallFd | None) -> None:
+        """What to signal when something was marked."""
+        self._log_call = call
+        self.settle()
+
+    def _dirty_log(self) -> DirtyLog | None:
+        return DirtyLog(self._log, self._log_call) if self._log and self.features & LOG_ALL else None
+
     def set_err(self, index: int, fd: int | None) -> None:
         """Where to tell that the device is broken; the fd is duplicated."""
         if call := call_fd(fd):
@@ -82,10 +106,10 @@ class Backend:
             self.state.reset()
 
     def reset(self) -> None:
-        """The driver has reset the device."""
+        """The driver has reset the device: nobody waits for what is in flight."""
         for vring in self.vrings:
-            vring.stop()
-            vring.enabled, vring.base = False, 0
+            vring.stop(drain=0)
+            vring.enabled, vring.base, vring.inflight = False, 0, None
             vring.close_kick()
         self._reset_device()
 
@@ -97,7 +121,7 @@ class Backend:
 
     def _activate(self) -> None:
         """Tell the device what was agreed, before its first ring runs; anew if a driver agrees on something else."""
-        features = self.features & ~PROTOCOL_FEATURES
+        features = self.features & ~(PROTOCOL_FEATURES | LOG_ALL)
         if self._activated == features or any(vring.running for vring in self.vrings):
             return
         self._reset_device()

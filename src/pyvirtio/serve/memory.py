@@ -22,15 +22,9 @@ class Region:
     offset: int
 
     def check(self, fd: int) -> None:
-        if not self.size:
-            raise ProtocolError(f"{self}: it is empty")
-        if max(self.guest, self.user, self.offset) + self.size > END:
+        if max(self.guest, self.user) + self.size > END:
             raise ProtocolError(f"{self}: it passes the end of the address space")
-        file = os.fstat(fd)
-        if not stat.S_ISREG(file.st_mode):
-            raise ProtocolError(f"{self}: its file descriptor is not a file's")
-        if self.offset + self.size > file.st_size:
-            raise ProtocolError(f"{self}: it passes the end of its file ({file.st_size:#x} bytes)")
+        _check_file(f"{self}", self.size, self.offset, fd)
 
     def overlaps(self, other: "Region") -> bool:
         return any(
@@ -82,11 +76,37 @@ class MemoryTable:
         return [fds[region.guest] for region in regions]
 
     def _map(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
-        try:
-            self.memory = GuestMemory([(r.guest, r.size, fd, r.offset) for r, fd in zip(regions, fds, strict=True)])
-        except (OSError, ValueError) as error:
-            raise ProtocolError(f"the memory cannot be mapped: {error}") from error
+        pairs = zip(regions, fds, strict=True)
+        self.memory = _mapped("the memory", [(r.guest, r.size, fd, r.offset) for r, fd in pairs])
         self._regions = list(regions)
+
+    @property
+    def end(self) -> int:
+        """The guest address behind the last region."""
+        return max((region.guest + region.size for region in self._regions), default=0)
+
+
+def map_shared(what: str, size: int, offset: int, fd: int) -> GuestMemory:
+    """A file of the front-end that is not memory of its guest, from address 0; `what` is its name in messages."""
+    _check_file(what, size, offset, fd)
+    return _mapped(what, [(0, size, fd, offset)])
+
+
+def _mapped(what: str, regions: list[tuple[int, int, int, int]]) -> GuestMemory:
+    try:
+        return GuestMemory(regions)
+    except (OSError, ValueError) as error:
+        raise ProtocolError(f"{what} cannot be mapped: {error}") from error
+
+
+def _check_file(what: str, size: int, offset: int, fd: int) -> None:
+    if not size:
+        raise ProtocolError(f"{what}: it is empty")
+    file = os.fstat(fd)
+    if not stat.S_ISREG(file.st_mode):
+        raise ProtocolError(f"{what}: its file descriptor is not a file's")
+    if offset + size > file.st_size:
+        raise ProtocolError(f"{what}: it passes the end of its file ({file.st_size:#x} bytes)")
 
 
 def _check_new(region: Region, fd: int, others: Iterable[Region]) -> None:

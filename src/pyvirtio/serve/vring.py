@@ -5,7 +5,7 @@ import os
 import time
 from contextlib import ExitStack
 
-from pyvirtio._core import CallFd, GuestMemory, VirtQueue
+from pyvirtio._core import CallFd, DirtyLog, GuestMemory, InflightRegion, VirtQueue
 from pyvirtio.dataplane import IoThread, QueueSetup, start_ring
 from pyvirtio.device import Handler
 from pyvirtio.errors import ProtocolError
@@ -33,6 +33,11 @@ class Vring:
         """The next avail index: where to go on, or where it stopped."""
         self.addresses: tuple[int, int, int] | None = None
         """Of descriptor table, avail ring and used ring, in the front-end's process."""
+        self.inflight: InflightRegion | None = None
+        """Where its requests in flight are noted, from its next start on; then these decide about `base`."""
+        self.log_used: int | None = None
+        """The guest address for which the used ring is marked in the log, if it is."""
+        self._log: DirtyLog | None = None
         self.enabled = False
         self.polled = False
         """The front-end sends no kicks: the ring is looked at all the time."""
@@ -73,6 +78,11 @@ class Vring:
         if self.running:
             self.vq.set_memory(memory)
 
+    def set_log(self, log: DirtyLog | None) -> None:
+        """Where to mark what is written to guest memory from now on."""
+        self._log = log
+        self.vq.set_log(log, self.log_used)
+
     def start(self, table: MemoryTable, features: int) -> None:
         """Serve it from now on. `GuestError` if there can be no such ring, `ProtocolError` if the kick is none."""
         if self.running or self.addresses is None:
@@ -81,7 +91,9 @@ class Vring:
         next_used = table.memory.load16(used + 2)  # the protocol does not tell it
         setup = QueueSetup(self.size, desc, avail, used)
         legacy = not features & Feature.VERSION_1
-        start_ring(self.vq, table.memory, self.handler, setup, features, legacy=legacy, at=(self.base, next_used))
+        at = self.base, next_used
+        start_ring(self.vq, table.memory, self.handler, setup, features, legacy=legacy, at=at, inflight=self.inflight)
+        self.vq.set_log(self._log, self.log_used)
         try:
             with ExitStack() as undo:
                 self.vq.attach()
@@ -112,6 +124,7 @@ class Vring:
         self.stop(drain=0)
         self.close_kick()
         self.vq.set_call(None)
+        self.inflight = self._log = None
 
 
 def call_fd(fd: int | None) -> CallFd | None:

@@ -17,6 +17,8 @@ class Request(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -31,10 +33,14 @@ class Request(IntEnum):
     SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
 
 
 BACKEND_CONFIG_CHANGE_MSG = 2
@@ -42,15 +48,22 @@ BACKEND_CONFIG_CHANGE_MSG = 2
 
 PROTOCOL_FEATURES = 1 << 30
 """VHOST_USER_F_PROTOCOL_FEATURES, which stands among the virtio features."""
+LOG_ALL = 1 << 26
+"""VHOST_F_LOG_ALL, likewise: mark what is written to guest memory. It comes and goes while rings run."""
+VRING_LOG = 1
+"""VHOST_VRING_F_LOG, in the flags of a ring's addresses: mark what is written to its used ring."""
 
 
 class ProtocolFeature(IntFlag):
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
     CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
 
 
 class Flag(IntFlag):
@@ -68,6 +81,9 @@ VRING_STATE = struct.Struct("<II")  # index, number
 VRING_ADDR = struct.Struct("<IIQQQQ")  # index, flags, desc, used, avail, log
 REGION = struct.Struct("<QQQQ")  # guest address, size, front-end's address, offset in the file
 TABLE_HEAD = struct.Struct("<I4x")  # regions that follow
+LOG = struct.Struct("<QQ")  # bytes, offset in the file
+INFLIGHT = struct.Struct("<QQHH")  # bytes, offset in the file, queues, entries of each
+INFLIGHT_REPLY = struct.Struct("<QQHH4x")
 CONFIG = struct.Struct("<III")  # offset, size, flags; the bytes follow
 
 INDEX_MASK, NO_FD = 0xFF, 1 << 8
@@ -103,6 +119,18 @@ class Message:
         return Request(self.request).name if self.request in set(Request) else f"request {self.request}"
 
 
+@dataclass
+class Reply:
+    """What goes back. The fds are closed once they are sent."""
+
+    payload: bytes
+    fds: list[int] = field(default_factory=list)
+
+
+def u64(value: int) -> Reply:
+    return Reply(U64.pack(value))
+
+
 def close_all(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
@@ -110,6 +138,15 @@ def close_all(fds: list[int]) -> None:
 
 def pack(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
     return HEADER.pack(request, Flag.VERSION | flags, len(payload)) + payload
+
+
+def send(connection: socket.socket, request: int, reply: Reply) -> None:
+    data = pack(request, reply.payload, Flag.REPLY)
+    try:
+        sent = socket.send_fds(connection, [data], reply.fds) if reply.fds else 0
+        connection.sendall(data[sent:])
+    finally:
+        close_all(reply.fds)
 
 
 def receive(connection: socket.socket) -> Message | None:

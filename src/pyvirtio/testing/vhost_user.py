@@ -50,6 +50,9 @@ class Connection:
     """One message after another, well-formed or not."""
 
     def __init__(self, where: Path | socket.socket) -> None:
+        self.connect(where)
+
+    def connect(self, where: Path | socket.socket) -> None:
         self.socket = socket.socket(socket.AF_UNIX) if isinstance(where, Path) else where
         self.socket.settimeout(HANG)
         if isinstance(where, Path):
@@ -87,6 +90,12 @@ class Connection:
         """Send a request that has a reply of its own; return it."""
         self.send(request, payload)
         return self.reply()
+
+    def ask_for_fd(self, request: int, payload: bytes) -> tuple[bytes, int]:
+        """Send a request whose reply brings a file descriptor, which is the caller's."""
+        self.send(request, payload)
+        head, (fd,), _, _ = socket.recv_fds(self.socket, wire.HEADER.size, 1)
+        return self._read(wire.HEADER.unpack(head)[2]), fd
 
     def get(self, request: int) -> int:
         value: int = wire.U64.unpack(self.ask(request))[0]
@@ -126,6 +135,8 @@ class FrontEnd(Connection):
         self.queues: list[Queue] = []
         self.kicks: list[int] = []
         self.err = Eventfd()
+        self.inflight: tuple[bytes, int] | None = None
+        """What the back-end notes its requests in flight in: its description and its fd."""
 
     @property
     def config_source(self) -> Interrupts:
@@ -171,6 +182,28 @@ class FrontEnd(Connection):
         table = wire.TABLE_HEAD.pack(len(regions)) + b"".join(region for region, _ in regions)
         self.acked(Request.SET_MEM_TABLE, table, [fd for _, fd in regions])
 
+    def get_inflight(self, queues: int, entries: int) -> None:
+        """Let the back-end note its requests in flight from the next ring on."""
+        self.drop_inflight()
+        self.inflight = self.ask_for_fd(Request.GET_INFLIGHT_FD, wire.INFLIGHT.pack(0, 0, queues, entries))
+        self.set_inflight()
+
+    def set_inflight(self) -> None:
+        assert self.inflight is not None
+        description, fd = self.inflight
+        self.acked(Request.SET_INFLIGHT_FD, description, [fd])
+
+    def reconnect(self, where: Path | socket.socket) -> None:
+        """Go on with another back-end, as QEMU does: with the memory, the rings and the notes that are there."""
+        self.socket.close()
+        self.connect(where)
+        self.negotiate(self.features)
+        self.set_mem_table()
+        if self.inflight:
+            self.set_inflight()
+        for queue in self.queues:
+            self.start_ring(queue, queue.ring.used_idx)
+
     def set_up_queue(self, index: int, name: str, size: int) -> Queue:
         ring = SplitRing.allocate(self.memory, self.heap, size, event_idx=bool(self.features & Feature.EVENT_IDX))
         queue = Queue(self, index, name, ring, Eventfd())
@@ -190,9 +223,11 @@ class FrontEnd(Connection):
         self.acked(Request.SET_VRING_ADDR, self.addresses(queue))
         self.acked(Request.SET_VRING_KICK, wire.U64.pack(index), [self.kicks[index]])
 
-    def addresses(self, queue: Queue) -> bytes:
-        ring = queue.ring
-        return wire.VRING_ADDR.pack(queue.index, 0, USER + ring.desc, USER + ring.used, USER + ring.avail, 0)
+    def addresses(self, queue: Queue, log: int | None = None) -> bytes:
+        """`log` is the guest address for which the used ring is marked in the log."""
+        ring, flags = queue.ring, 0 if log is None else wire.VRING_LOG
+        where = (USER + ring.desc, USER + ring.used, USER + ring.avail)
+        return wire.VRING_ADDR.pack(queue.index, flags, *where, log or 0)
 
     def stop_ring(self, queue: Queue) -> int:
         """GET_VRING_BASE: the ring stops; return where it is to go on."""
@@ -245,9 +280,15 @@ class FrontEnd(Connection):
             os.close(fd)
         self.kicks, self.queues = [], []
 
+    def drop_inflight(self) -> None:
+        if self.inflight:
+            os.close(self.inflight[1])
+            self.inflight = None
+
     def close(self) -> None:
         super().close()
         self.drop_queues()
+        self.drop_inflight()
         os.close(self.err.fd)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 //! A virtqueue: takes chains from a ring, hands them to a handler and gives them back (virtio 1.3, 2.6).
 
 pub mod doorbell;
+mod inflight;
 #[cfg(all(test, loom))]
 mod model;
 pub mod notify;
@@ -13,12 +14,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::doorbell::{Doorbell, Drained};
+pub use self::inflight::InflightRegion;
 use self::service::{this_thread, Active, Served};
 use self::split::SplitRing;
 use self::tap::Tap;
-use crate::chain::Chain;
+use crate::chain::{Chain, Segment};
 use crate::counters::Counters;
 use crate::device_state::DeviceState;
+use crate::dirty_log::{DirtyLog, QueueLog};
 use crate::interrupt::Interrupt;
 use crate::memory::GuestMemory;
 use crate::sync::EventFd;
@@ -35,7 +38,7 @@ pub trait Handler: Send + Sync {
 }
 
 /// Where a ring lies and what the driver negotiated for it.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct RingConfig {
     pub size: u16,
     pub desc: u64,
@@ -46,6 +49,9 @@ pub struct RingConfig {
     pub notify_on_empty: bool,
     pub next_avail: u16,
     pub next_used: u16,
+    /// Where to note which requests are in flight. If there are some already they are served first, and `next_avail` is
+    /// derived from them.
+    pub inflight: Option<InflightRegion>,
 }
 
 pub struct VirtQueue {
@@ -159,6 +165,16 @@ impl VirtQueue {
         }
     }
 
+    /// From now on mark what is written to guest memory. The used ring, where it is to be marked too, counts as lying at
+    /// `used`. Until the next stop; nothing while the queue is not started.
+    pub fn set_log(&self, log: Option<Arc<DirtyLog>>, used: Option<u64>) {
+        if let Some(active) = self.active().as_mut() {
+            let ring = used.map_or_else(Vec::new, |used| active.ring.written_at(used));
+            active.log = log.map(|log| QueueLog { log, ring });
+            active.mark_ring();
+        }
+    }
+
     /// Take the next chain, if there is one. A malformed one breaks the device.
     pub fn pop(self: &Arc<Self>) -> Option<Chain> {
         match self.try_pop() {
@@ -215,8 +231,11 @@ impl VirtQueue {
 
     /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
     /// The caller holds the state's epoch, or a stop could come in between; without it `pass_late` follows.
-    pub(crate) fn put(&self, head: u16, length: u32) {
+    pub(crate) fn put(&self, head: u16, length: u32, memory: &GuestMemory, writable: &[Segment]) {
         if let Some(active) = self.active().as_mut() {
+            if let Some(log) = &active.log {
+                log.mark_written(memory, writable);
+            }
             if let Some(tapped) = &mut active.tapped {
                 tapped.put(head, length, self.run());
                 return;
@@ -240,7 +259,7 @@ impl VirtQueue {
     }
 
     fn publish_ring(&self) {
-        let decision = self.active().as_mut().and_then(|active| active.ring.publish(active.in_flight == 0));
+        let decision = self.active().as_mut().and_then(Active::publish);
         self.interrupt(decision);
     }
 
@@ -326,6 +345,6 @@ impl VirtQueue {
 
     /// Ask for kicks again; true if something came meanwhile, which then is the caller's to drain.
     pub fn rearm(&self) -> bool {
-        !self.state.is_broken() && self.active().as_mut().is_some_and(|active| active.ring.rearm())
+        !self.state.is_broken() && self.active().as_mut().is_some_and(Active::rearm)
     }
 }

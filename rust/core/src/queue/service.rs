@@ -8,6 +8,7 @@ use super::split::SplitRing;
 use super::tap::Tapped;
 use super::{Handler, VirtQueue};
 use crate::chain::Segments;
+use crate::dirty_log::QueueLog;
 use crate::GuestError;
 
 /// Chains one service takes at most before it lets others have the thread.
@@ -18,6 +19,8 @@ pub(super) struct Active {
     pub ring: SplitRing,
     pub in_flight: u16,
     pub tapped: Option<Tapped>,
+    /// Where to mark what is written to guest memory.
+    pub log: Option<QueueLog>,
     pub handler: Arc<dyn Handler>,
     /// Chains the handler may still take in this service, and those it took in this pass.
     budget: u32,
@@ -26,7 +29,7 @@ pub(super) struct Active {
 
 impl Active {
     pub fn new(ring: SplitRing, handler: Arc<dyn Handler>, tapped: Option<Tapped>) -> Self {
-        Self { ring, handler, tapped, in_flight: 0, budget: BUDGET, taken: 0 }
+        Self { ring, handler, tapped, in_flight: 0, log: None, budget: BUDGET, taken: 0 }
     }
 
     /// The next chain's head and segments. `inside`: taken by the handler while it is being called.
@@ -48,6 +51,29 @@ impl Active {
         }
         Ok(Some(taken))
     }
+
+    /// Ask for kicks again; true if something came meanwhile.
+    pub fn rearm(&mut self) -> bool {
+        let news = self.ring.rearm();
+        self.mark_ring();
+        news
+    }
+
+    pub fn mark_ring(&self) {
+        if let Some(log) = &self.log {
+            log.mark_ring();
+        }
+    }
+
+    /// Make known what was completed; whether to interrupt, if there was something.
+    pub fn publish(&mut self) -> Option<bool> {
+        let decision = self.ring.publish(self.in_flight == 0)?;
+        if let Some(log) = &self.log {
+            log.mark_ring();
+            log.tell();
+        }
+        Some(decision)
+    }
 }
 
 thread_local! {
@@ -68,6 +94,7 @@ impl Serve for Served<'_> {
         if let Some(active) = self.0.active().as_mut() {
             active.budget = BUDGET;
             active.ring.suppress();
+            active.mark_ring();
         }
     }
 

@@ -2,9 +2,11 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use super::inflight::Inflight;
 use super::notify::{Cells, Indexes, Jump};
 use super::RingConfig;
 use crate::chain::Segments;
+use crate::dirty_log::Range;
 use crate::memory::GuestMemory;
 use crate::GuestError;
 
@@ -109,14 +111,19 @@ impl Desc {
 pub struct SplitRing {
     indexes: Indexes<Areas>,
     indirect: bool,
+    inflight: Option<Inflight>,
 }
 
 impl SplitRing {
     pub fn new(memory: GuestMemory, config: &RingConfig) -> Result<Self, GuestError> {
-        let RingConfig { size, event_idx, notify_on_empty, next_avail, next_used, .. } = *config;
+        let RingConfig { size, event_idx, notify_on_empty, next_used, .. } = *config;
         let areas = Areas::new(memory, size, [config.desc, config.avail, config.used])?;
+        let open = |region| Inflight::open(region, size, next_used);
+        let inflight = config.inflight.as_ref().map(open).transpose()?;
+        let taken = |inflight: &Inflight| next_used.wrapping_add(inflight.unfinished());
+        let next_avail = inflight.as_ref().map_or(config.next_avail, taken);
         let indexes = Indexes::new(areas, size, event_idx, notify_on_empty, next_avail, next_used);
-        Ok(Self { indexes, indirect: config.indirect })
+        Ok(Self { indexes, indirect: config.indirect, inflight })
     }
 
     /// Go on in other guest memory, at the same addresses.
@@ -139,6 +146,11 @@ impl SplitRing {
         (self.indexes.next_avail, self.indexes.next_used)
     }
 
+    /// What of the ring the device writes, if its used ring lay at `used`.
+    pub fn written_at(&self, used: u64) -> Vec<Range> {
+        vec![(used, 6 + 8 * u64::from(self.size()))]
+    }
+
     pub fn suppress(&mut self) {
         self.indexes.suppress();
     }
@@ -152,11 +164,16 @@ impl SplitRing {
     }
 
     pub fn look(&mut self) -> Result<bool, GuestError> {
-        self.indexes.look().map_err(|jump| self.jumped(jump))
+        let news = self.indexes.look().map_err(|jump| self.jumped(jump))?;
+        Ok(news || self.inflight.as_ref().is_some_and(|inflight| inflight.unfinished() > 0))
     }
 
     pub fn publish(&mut self, idle: bool) -> Option<bool> {
-        self.indexes.publish(idle)
+        let decision = self.indexes.publish(idle)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.indexes.next_used);
+        }
+        Some(decision)
     }
 
     fn jumped(&self, Jump(ahead): Jump) -> GuestError {
@@ -165,6 +182,21 @@ impl SplitRing {
 
     /// Take the next chain: its head and its checked segments.
     pub fn take(&mut self, inside: bool) -> Result<Option<(u16, Segments)>, GuestError> {
+        let Some(head) = self.next_head(inside)? else {
+            return Ok(None);
+        };
+        let segments = self.walk(head).map_err(|error| GuestError(format!("head {head}: {error}")))?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
+        Ok(Some((head, segments)))
+    }
+
+    /// What is to be done again comes first.
+    fn next_head(&mut self, inside: bool) -> Result<Option<u16>, GuestError> {
+        if let Some(head) = self.inflight.as_mut().and_then(Inflight::again) {
+            return Ok(Some(head));
+        }
         let Some(index) = self.indexes.take(inside).map_err(|jump| self.jumped(jump))? else {
             return Ok(None);
         };
@@ -173,9 +205,7 @@ impl SplitRing {
         if head >= areas.size {
             return Err(GuestError(format!("head {head} is past the descriptor table ({} entries)", areas.size)));
         }
-        self.walk(head)
-            .map(|segments| Some((head, segments)))
-            .map_err(|error| GuestError(format!("head {head}: {error}")))
+        Ok(Some(head))
     }
 
     fn walk(&self, head: u16) -> Result<Segments, GuestError> {
@@ -272,6 +302,9 @@ impl SplitRing {
         words[0].store(u32::from(head).to_le(), Ordering::Relaxed);
         words[1].store(length.to_le(), Ordering::Relaxed);
         self.indexes.next_used = self.indexes.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put(head);
+        }
     }
 }
 

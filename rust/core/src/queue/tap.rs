@@ -105,7 +105,7 @@ impl VirtQueue {
                     active.ring.put(chain.head, chain.length);
                 }
             }
-            active.ring.publish(active.in_flight == 0)
+            active.publish()
         };
         self.interrupt(match interrupt {
             Some(true) => Some(true),

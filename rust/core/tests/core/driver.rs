@@ -76,6 +76,15 @@ impl Driver {
         driver
     }
 
+    /// The same driver and its memory, with a device that knows nothing of what was before.
+    pub fn with_a_new_device(&self) -> Self {
+        let mut driver = Self::new();
+        (driver.memory, driver.config) = (self.memory.clone(), self.config.clone());
+        driver.config.next_used = driver.load(USED + 2);
+        (driver.avail_idx, driver.seen) = (self.avail_idx, self.seen);
+        driver
+    }
+
     pub fn start(&self, handler: impl Fn(&Arc<VirtQueue>) + Send + Sync + 'static) {
         self.vq.start(self.memory.clone(), &self.config, Arc::new(Closure(handler))).unwrap();
     }

@@ -5,6 +5,7 @@ mod chains;
 mod driver;
 mod garbage;
 mod hostile;
+mod inflight;
 mod interrupts;
 mod memory;
 mod notifications;

@@ -1,0 +1,23 @@
+//! `InflightRegion`.
+
+use pyo3::prelude::*;
+
+use crate::memory::GuestMemory;
+
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct InflightRegion {
+    pub inner: pyvirtio_core::InflightRegion,
+}
+
+#[pymethods]
+impl InflightRegion {
+    #[new]
+    fn new(memory: &GuestMemory, at: u64, entries: u16) -> Self {
+        Self { inner: pyvirtio_core::InflightRegion { memory: memory.inner.clone(), at, entries } }
+    }
+
+    #[staticmethod]
+    fn bytes(entries: u16) -> u64 {
+        pyvirtio_core::InflightRegion::bytes(entries)
+    }
+}
