@@ -86,6 +86,8 @@ class Isr:
     def read(self) -> int:
         """Return the bits, clear them and lower the line."""
     def peek(self) -> int: ...
+    def post(self, bits: int) -> None:
+        """Set bits, and raise the line."""
 
 @final
 class MsixVector:
@@ -251,6 +253,13 @@ class VirtQueue:
 
         A handler may stop its own queue: then nothing is waited for.
         """
+    def hold(self) -> None:
+        """Wait for a running handler; no chain is taken until `release`. Those that are out may be completed."""
+    def release(self) -> None:
+        """End one `hold`. Attach or `service` afterwards: who was turned away meanwhile is not called back."""
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """What `stop` would return; None while the queue is not started."""
     def set_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
     def set_call(self, call: CallFd | None) -> None:
         """Interrupt by writing to a front-end's fd, or not at all."""
@@ -439,6 +448,10 @@ class Serial:
     def __new__(cls, line: IrqLine, out_fd: int) -> Self: ...
     def receive(self, data: Buffer) -> int:
         """Queue what somebody typed; return how many bytes the FIFO took."""
+    def save(self) -> bytes:
+        """The registers and the FIFO, for `restore` in another process."""
+    def restore(self, state: bytes) -> None:
+        """Go on from `save`; a pending interrupt is sent. `RuntimeError` for what is no such state."""
 
 @final
 class Vm:
@@ -468,6 +481,10 @@ class Vm:
         """All MSI routes, `(gsi, address, data)`; the irqchip's pins keep theirs."""
     def attach_serial(self, serial: Serial, port: int) -> None:
         """Answer 8 ports from `port` on in the core."""
+    def save(self) -> dict[str, bytes]:
+        """The interrupt controllers, the PIT and kvmclock, for `restore` in another process. No vCPU may run."""
+    def restore(self, state: dict[str, bytes]) -> None:
+        """Go on from `save`, after the vCPUs: what is pending here goes to them. `RuntimeError` for no such state."""
     def create_vcpu(self, index: int) -> Vcpu: ...
 
 @final
@@ -492,6 +509,15 @@ class Vcpu:
         tables.
         """
     def get_registers(self) -> dict[str, int]: ...
+    def save(self) -> dict[str, bytes]:
+        """All of its state, for `restore` in another process."""
+    def restore(self, state: dict[str, bytes]) -> list[int]:
+        """Go on from `save`, after `set_cpuid`; return the MSRs that could not be given their value.
+
+        `RuntimeError` for what is no such state, and on a host whose CPU has other features.
+        """
+    def kvmclock_ctrl(self) -> None:
+        """Tell the guest that it stood still, so that it does not take a pause for a lockup. Not while it runs."""
     def run(self, bus: Bus) -> str:
         """Run until `stop` ("stopped"), a triple fault ("shutdown"), a reset asked of KVM ("reset"), or HLT without
         an irqchip ("hlt"); after "stopped" a further call goes on. What KVM cannot run is a `RuntimeError`.

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from ctypes import sizeof
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, Feature
 
 MAX_DEVICE_ID = 63
 """Device types end here on PCI (virtio 1.3, 4.1.2)."""
+DRAIN = 10.0
+"""Seconds that requests under way may take before a snapshot gives up."""
 
 log = logging.getLogger("pyvirtio")
 
@@ -223,6 +226,17 @@ class Dataplane:
             self._active = False
             reset_device(self.device)
         self.state.reset()
+
+    def drain(self, patience: float = DRAIN) -> None:
+        """Wait until the device holds no chain of a queue that is held; `ConfigError` if that lasts too long."""
+        deadline = time.monotonic() + patience
+        for vq in self.queues:
+            while count := vq.in_flight:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{self.state.name}.{vq.name}: {count} requests still under way after {patience:g} s"
+                    )
+                time.sleep(0.001)
 
     def notify(self, index: int) -> None:
         """A notify that reached userspace; ignored for a queue that does not exist or has no ring."""

@@ -215,6 +215,18 @@ class Device:
     def reset(self) -> None:
         """The driver reset the device, or it was unplugged: no queue is served any more."""
 
+    def save(self) -> dict[str, Any]:
+        """What `restore` needs in another process: numbers, text, bytes, and lists and dicts of them.
+
+        Features, rings and interrupts are the transport's business. No queue is served meanwhile.
+        """
+        return {"config": self.config_bytes()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `save` was called on; `activate` follows if a driver was up. `ConfigError` if that cannot be."""
+        if self.config is not None:
+            self.config = type(self.config).from_buffer_copy(state["config"])
+
     def close(self) -> None:
         """Release what the device holds of the host; called once, after the last `reset`."""
 

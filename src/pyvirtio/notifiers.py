@@ -80,6 +80,7 @@ class HostNotifiers:
         self.name = name
         self.queues = queues
         self.running = False
+        self.held = False
         self.reasons: dict[int, str] = {}
         """Why a queue is served synchronously although ioeventfd is on, by queue index."""
         self._assign = assign
@@ -151,6 +152,26 @@ class HostNotifiers:
             if self.running:
                 self._serve_unattached()
 
+    def hold(self) -> None:
+        """The machine pauses: no kick is carried and no queue served by anybody until `unhold`. Twice is once."""
+        with self._lock:
+            if not self.held:
+                self.held = True
+                self._settle()
+                for vq in self.queues:
+                    vq.hold()
+
+    def unhold(self) -> None:
+        """Go on: what was made available before, or came from the host meanwhile, is looked at."""
+        with self._lock:
+            if self.held:
+                self.held = False
+                for vq in self.queues:
+                    vq.release()
+                self._settle()
+                if self.running:
+                    self._serve_unattached()
+
     def grabbed(self, index: int) -> bool:
         return index in self._borrowers and not self._refused
 
@@ -167,9 +188,11 @@ class HostNotifiers:
                 self._settle()
 
     def mode(self, index: int) -> str:
-        """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), or - while it has no ring."""
+        """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), paused; - without a ring."""
         if not self.queues[index].ready:
             return "-"
+        if self.held:
+            return "paused"
         mode = ("vhost" if index in self._lent else "ioeventfd") if index in self._attached else "sync"
         reason = self.reasons.get(index) or (self._refused if index in self._borrowers else "")
         return f"{mode} ({reason})" if reason else mode
@@ -188,7 +211,7 @@ class HostNotifiers:
             self._serve_unattached()
 
     def _open_and_close(self) -> None:
-        ready = [vq for vq in self.queues if vq.ready and self.running]
+        ready = [vq for vq in self.queues if vq.ready and self.running and not self.held]
         lend = [vq for vq in ready if self.grabbed(vq.index)]
         attach = ready if self._ioeventfd and not self.reasons else lend
         assign = [] if self._moving or self.reasons else attach  # without, a notify exits and signals the eventfd

@@ -57,7 +57,7 @@ class Switch:
 
     def pause(self) -> None:
         self.machine.pause()
-        self.ran_while_paused = self.function.dataplane.notifiers.running
+        self.ran_while_paused = self.function.dataplane.queues[0].attached
         self.machine.resume()
 
     @property

@@ -1,4 +1,7 @@
+import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +9,7 @@ from pyvirtio.accel.inproc import InProcess
 from pyvirtio.backends.block import Memory
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
+from pyvirtio.errors import ConfigError
 from pyvirtio.spec import Status
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.layout import MIB
@@ -29,6 +33,13 @@ class Paper(Board):
 
     def quit(self) -> None:
         self.told.append("quit")
+
+    def snapshot(self, path: Path) -> None:
+        if path.name == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if path.name == "early":
+            raise ConfigError("snapshot: the guest is not running")
+        self.told.append(f"snapshot {path}")
 
 
 @pytest.fixture
@@ -79,8 +90,8 @@ def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Paper
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("nonsense", "unknown command 'nonsense'; known are: info, set, stop, cont, help, quit"),
-        ("quit now", "unknown command 'quit'; known are: info, set, stop, cont, help, quit"),
+        ("nonsense", "unknown command 'nonsense'; known are: info, set, snapshot, stop, cont, help, quit"),
+        ("quit now", "unknown command 'quit'; known are: info, set, snapshot, stop, cont, help, quit"),
         ("info", "info: known are: devices, queues"),
         ("info weather", "info: known are: devices, queues"),
         ("set", "set: write for example: set blk0.ioeventfd off"),

@@ -81,6 +81,10 @@ impl Isr {
     fn peek(&self) -> u8 {
         self.inner.peek()
     }
+
+    fn post(&self, bits: u8) {
+        self.inner.post(bits);
+    }
 }
 
 #[pyclass(frozen, module = "pyvirtio._core")]

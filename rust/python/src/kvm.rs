@@ -1,5 +1,6 @@
 //! KVM for Python: converts arguments and errors, and carries exits to the bus.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::os::fd::{BorrowedFd, RawFd};
@@ -102,9 +103,24 @@ impl Vm {
         self.0.attach_serial(Arc::clone(&serial.0), port);
     }
 
+    fn save(&self, py: Python<'_>) -> PyResult<Sections> {
+        py.detach(|| self.0.save()).map(into_bytes).map_err(os_error)
+    }
+
+    fn restore(&self, py: Python<'_>, state: kvm::Sections) -> PyResult<()> {
+        py.detach(|| self.0.restore(&state)).map_err(os_error)
+    }
+
     fn create_vcpu(&self, index: u32) -> PyResult<Vcpu> {
         Ok(Vcpu(self.0.create_vcpu(index).map_err(os_error)?))
     }
+}
+
+/// `bytes` in Python, not lists of numbers.
+type Sections = BTreeMap<String, Cow<'static, [u8]>>;
+
+fn into_bytes(sections: kvm::Sections) -> Sections {
+    sections.into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
 }
 
 fn io_address(space: &str, address: u64, length: u32, datamatch: Option<u64>) -> PyResult<IoAddress> {
@@ -134,6 +150,14 @@ impl Serial {
     fn receive(&self, py: Python<'_>, data: PyBuffer<u8>) -> PyResult<usize> {
         let data = data.to_vec(py)?;
         Ok(py.detach(|| self.0.receive(&data)))
+    }
+
+    fn save(&self) -> Cow<'static, [u8]> {
+        self.0.save().into()
+    }
+
+    fn restore(&self, state: &[u8]) -> PyResult<()> {
+        self.0.restore(state).map_err(os_error)
     }
 }
 
@@ -171,6 +195,18 @@ impl Vcpu {
 
     fn get_registers(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         self.0.registers().map_err(os_error)
+    }
+
+    fn save(&self, py: Python<'_>) -> PyResult<Sections> {
+        py.detach(|| self.0.save()).map(into_bytes).map_err(os_error)
+    }
+
+    fn restore(&self, py: Python<'_>, state: kvm::Sections) -> PyResult<Vec<u32>> {
+        py.detach(|| self.0.restore(&state)).map_err(os_error)
+    }
+
+    fn kvmclock_ctrl(&self) {
+        self.0.kvmclock_ctrl();
     }
 
     fn run(&self, py: Python<'_>, bus: &Bound<'_, PyAny>) -> PyResult<&'static str> {

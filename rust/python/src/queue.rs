@@ -108,6 +108,19 @@ impl VirtQueue {
         py.detach(|| self.inner.stop())
     }
 
+    fn hold(&self, py: Python<'_>) {
+        py.detach(|| self.inner.hold());
+    }
+
+    fn release(&self) {
+        self.inner.release();
+    }
+
+    #[getter]
+    fn position(&self) -> Option<(u16, u16)> {
+        self.inner.position()
+    }
+
     #[pyo3(signature = (isr, vector))]
     fn set_interrupt(&self, isr: &Isr, vector: Option<&MsixVector>) {
         self.inner.set_interrupt(Some(interrupt(isr, ISR_QUEUE, vector)));

@@ -59,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     board.add_argument("--debugcon", metavar="FILE", type=Path, help="where firmware writes its log (port 0x402)")
     run = parser.add_argument_group("how to run it")
+    run.add_argument(
+        "--restore", type=Path, metavar="FILE",
+        help="go on from a snapshot (monitor: `snapshot FILE`) of a machine with the same options, in place of booting",
+    )  # fmt: skip
     run.add_argument("--no-reboot", action="store_true", help="end when the guest resets itself")
     run.add_argument("--dry-run", action="store_true", help="show what would be built, and end")
     run.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
@@ -134,6 +138,8 @@ def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
             Machine(boot, memory=args.memory, smp=args.smp, console_fd=output, debug_fd=debug)
         )
         plug.plug(machine, args)
+        if args.restore:
+            machine.restore(args.restore)
         caught = stack.enter_context(_quit_on_signals(machine))
         if args.serial == "stdio":
             monitor = Monitor(machine)

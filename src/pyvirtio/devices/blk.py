@@ -1,7 +1,7 @@
 """Block device (virtio 1.3, 5.2)."""
 
 from ctypes import LittleEndianStructure, c_uint8, c_uint16, c_uint32, c_uint64
-from typing import Annotated
+from typing import Annotated, Any
 
 from pyvirtio._core import BlkPlane
 from pyvirtio.backends.block import BlockBackend
@@ -104,6 +104,19 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         if offset == BlkConfig.writeback.offset and len(data) == 1 and self._offered(BlkFeature.CONFIG_WCE):
             self.config.writeback = data[0] & 1
             self._set_cache()
+
+    def save(self) -> dict[str, Any]:
+        """The contents of the disk are not part of it: they stay where they are, flushed."""
+        flush = getattr(self.drive, "flush", None)
+        if flush is not None and not self.drive.readonly:
+            flush()
+        return super().save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        capacity = self.config.capacity
+        super().restore(state)
+        if self.config.capacity != capacity:
+            raise ConfigError(f"{self.name}: the disk has {capacity} sectors now, and had {self.config.capacity}")
 
     def close(self) -> None:
         self.drive.close()

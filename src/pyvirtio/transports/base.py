@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 from pyvirtio._core import GuestMemory, IrqLine, MsixVector
 from pyvirtio.dataplane import Dataplane, QueueSetup
-from pyvirtio.errors import GuestError
+from pyvirtio.errors import ConfigError, GuestError
 from pyvirtio.spec import Feature, Status
 
 Undo = Callable[[], object]
@@ -51,6 +52,9 @@ class DriverState:
     `bus_master` lets it reach memory; every change sets a field and settles. The transport serialises all but reads.
     """
 
+    SAVED = (
+        "features", "driver_features", "legacy", "queue_select", "device_feature_select", "driver_feature_select",
+    )  # fmt: skip
     KNOWN_STATUS = Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK | Status.FAILED
 
     def __init__(
@@ -203,6 +207,35 @@ class DriverState:
         self._forget()
         self.on_reset()
         self._status = Status(0)
+
+    def save(self) -> dict[str, Any]:
+        """All that the driver has said, and where each ring stands; while the queues are held."""
+        positions = {index: vq.position for index, vq in enumerate(self.dataplane.queues) if vq.ready}
+        return {
+            "status": int(self._status),
+            "broken": self.dataplane.state.broken,
+            "offered": self.offered,
+            **{name: getattr(self, name) for name in self.SAVED},
+            "queues": [vars(setup) for setup in self.setups],
+            "ready": [*positions],
+            "positions": list((self._positions | positions).items()),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the state of `save`; `bus_master` is to be set afterwards, which starts the device."""
+        name = self.dataplane.state.name
+        if state["offered"] != self.offered:
+            raise ConfigError(f"{name}: offers the features {self.offered:#x}, and offered {state['offered']:#x}")
+        for field in self.SAVED:
+            setattr(self, field, state[field])
+        self.setups = [QueueSetup(**setup) for setup in state["queues"]]
+        self._positions = {index: (avail, used) for index, (avail, used) in state["positions"]}
+        self._status = Status(state["status"])
+        if state["broken"]:
+            self._fail(GuestError(state["broken"]))
+        elif self.legacy:
+            for index in state["ready"]:
+                self._guard(partial(self._start_legacy_queue, index))
 
     def _settle(self) -> None:
         """Run or pause as status and bus mastering ask for. Calling it twice changes nothing."""

@@ -2,6 +2,7 @@
 
 import logging
 import struct
+from typing import Any
 
 from pyvirtio._core import MsixVector
 from pyvirtio.transports.base import Accelerator
@@ -70,6 +71,16 @@ class MsixTable:
             value &= ~(0xFFFFFFFE << 8 * (size - 4))
         self._table[offset : offset + size] = value.to_bytes(size, "little")
         self._settle(offset // ENTRY_SIZE)
+
+    def save(self) -> dict[str, Any]:
+        """The table and the pending vectors; message control is in configuration space."""
+        return {"table": bytes(self._table), "pending": [n for n, vector in enumerate(self.vectors) if vector.pending]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the state of `save`, before message control is set."""
+        self._table[:] = state["table"]
+        for index in state["pending"]:
+            self.vectors[index].pending = True
 
     def forget_pending(self) -> None:
         """The device was reset: what it had to say is void."""

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from threading import RLock
-from typing import Annotated
+from typing import Annotated, Any
 
 from pyvirtio._core import VirtQueue
 from pyvirtio.dataplane import Dataplane, IoThread
@@ -156,6 +156,32 @@ class VirtioPci(PciFunction):
             super().reset()
             self._follow_command()
 
+    def save(self) -> dict[str, Any]:
+        return {
+            **super().save(),
+            "ioeventfd": self.ioeventfd,
+            "device": self.device.save(),
+            "generation": self.device.config_generation,
+            "interrupts": self.interrupts.save(),
+            "driver": self.driver.save(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `save`; a device that was running runs. Its queues may be held until all others are restored."""
+        with self.lock:
+            super().restore(state)
+            self.ioeventfd = state["ioeventfd"]
+            self.device.restore(state["device"])
+            self.device.config_generation = state["generation"]
+            self.interrupts.restore(state["interrupts"], self._msix_control_word)
+            self.driver.restore(state["driver"])
+            self._follow_command()
+            self.interrupts.send_again()
+
+    @property
+    def _msix_control_word(self) -> int:
+        return self.config.read(self._msix_control, 2) if self.msix is not None else 0
+
     def close(self) -> None:
         """Unplug: after I/O in flight everything that the device holds is released."""
         self.reset()
@@ -239,7 +265,7 @@ class VirtioPci(PciFunction):
             super().config_write(offset, size, value)
         self._follow_command()
         if self.msix is not None and offset < self._msix_control + 2 and offset + size > self._msix_control:
-            self.interrupts.set_msix_control(self.config.read(self._msix_control, 2))
+            self.interrupts.set_msix_control(self._msix_control_word)
         control = self._af + AF_CONTROL - offset
         if 0 <= control < size and value >> 8 * control & INITIATE_FLR:
             log.info("%s: function level reset", self.name)

@@ -4,6 +4,9 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, IntFlag
+from typing import Any
+
+from pyvirtio.errors import ConfigError
 
 COMMAND = 0x04
 STATUS = 0x06
@@ -117,6 +120,13 @@ class ConfigSpace:
         changed = self.changes(offset, size, value) >> 8 * offset
         self.put(offset, (self.read(offset, size) ^ changed).to_bytes(size, "little"))
 
+    def restore(self, data: bytes) -> None:
+        """Take the contents of another process. `ValueError` if what software cannot change differs."""
+        for offset, (now, was, writable) in enumerate(zip(self._data, data, self._writable, strict=True)):
+            if (now ^ was) & ~writable:
+                raise ValueError(f"its configuration space has {now:#04x} at {offset:#04x} in place of {was:#04x}")
+        self._data[:] = data
+
     def reset(self) -> None:
         """Everything that software changed goes back to 0; the read-only bits stay."""
         keep = zip(self._data, self._writable, strict=True)
@@ -197,6 +207,18 @@ class PciFunction:
     def reset(self) -> None:
         """Bus reset: BARs and command register go back to 0."""
         self.config.reset()
+        self.decoding_changed()
+
+    def save(self) -> dict[str, Any]:
+        """Its state, for `restore` in another process; while nothing runs."""
+        return {"config": self.config.read(0, ConfigSpace.SIZE).to_bytes(ConfigSpace.SIZE, "little")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `save`. `ConfigError` if it was another function or had other properties."""
+        try:
+            self.config.restore(state["config"])
+        except ValueError as error:
+            raise ConfigError(f"pci: slot {self.slot}: {error}: another device, or another property") from error
         self.decoding_changed()
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """Where the interrupts of a virtio-pci device go: INTx with the ISR status, or MSI-X (virtio 1.3, 4.1.5.1)."""
 
+from typing import Any
+
 from pyvirtio._core import IrqLine, Isr
 from pyvirtio.dataplane import Dataplane
 from pyvirtio.spec import NO_VECTOR
@@ -58,6 +60,31 @@ class Interrupts:
         if self.msix is not None:
             self.msix.reset()
         self.forget()
+
+    def save(self) -> dict[str, Any]:
+        """What is pending, and the vectors that the driver chose."""
+        return {
+            "isr": self.isr.peek(),
+            "config_vector": self.config_vector,
+            "queue_vectors": self.queue_vectors,
+            "msix": self.msix.save() if self.msix is not None else None,
+        }
+
+    def restore(self, state: dict[str, Any], msix_control: int) -> None:
+        """Take the state of `save`: the line rises again, and what was pending still is."""
+        self.config_vector, self.queue_vectors = state["config_vector"], state["queue_vectors"]
+        if self.msix is not None:
+            self.msix.restore(state["msix"])
+            self.msix.set_control(msix_control)
+        self._connect()
+        self.isr.post(state["isr"])
+
+    def send_again(self) -> None:
+        """Signal every vector in use: a message that was under way in KVM is in no state. A driver may look twice."""
+        if self.msix is not None:
+            for index in {self.config_vector, *self.queue_vectors}:
+                if vector := self.msix.vector(index):
+                    vector.signal()
 
     def _existing(self, vector: int) -> int:
         return vector if self.msix is not None and vector < self.msix.count else NO_VECTOR

@@ -5,14 +5,15 @@ import os
 import threading
 from collections.abc import Iterator
 from enum import Enum, auto
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from pyvirtio import _core
 from pyvirtio._core import Vcpu
 from pyvirtio.accel.kvm import Kvm
 from pyvirtio.errors import ConfigError
-from pyvirtio.transports.pci import VirtioPci
-from pyvirtio.vmm import acpi, layout, platform
+from pyvirtio.vmm import acpi, layout, platform, snapshot
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.boot import LinuxBoot
 from pyvirtio.vmm.bus import SystemBus
@@ -44,7 +45,7 @@ class Machine(Board):
     """A VM that boots `boot`, a kernel or firmware; its serial port writes to `console_fd`.
 
     `memory` is in bytes. Add devices, then call `run`. `quit` may be called from any thread and from signal
-    handlers, `pause` and `resume` from any thread that is no CPU; everything else belongs to one thread.
+    handlers, `pause`, `resume` and `snapshot` from any thread that is no CPU; everything else belongs to one thread.
     """
 
     def __init__(
@@ -65,21 +66,21 @@ class Machine(Board):
         self.memory = self._kvm.memory
         self.serial = _core.Serial(self.vm.irq_line(layout.COM1_IRQ), console_fd)
         self.vm.attach_serial(self.serial, layout.COM1_PORT)
-        self.power = platform.PowerManagement(lambda: self._events.put(Outcome.POWEROFF))
-        self._chips = [self.power, *self._make_chips(memory, debug_fd)]
+        self.power = platform.PowerManagement(lambda: self._end(Outcome.POWEROFF))
+        self.cmos = platform.Cmos(platform.firmware_settings(memory, smp))
+        self._chips: list[platform.PortDevice] = [self.power, self.cmos, *self._make_chips(debug_fd)]
         if isinstance(boot, Firmware):
             self.vm.add_rom(boot.address, boot.image)
         self._vcpus = self._make_cpus()
         self.on_close(self._release)
         self._threads: list[threading.Thread] = []
-        self._paused: list[VirtioPci] | None = None
+        self._running = self._paused = self._ending = self._restored = False
         self._lock = threading.Lock()
         self._events: SimpleQueue[Outcome | BaseException] = SimpleQueue()
 
-    def _make_chips(self, memory: int, debug_fd: int | None) -> Iterator[platform.PortDevice]:
-        yield platform.ResetControl(lambda: self._events.put(Outcome.RESET))
+    def _make_chips(self, debug_fd: int | None) -> Iterator[platform.PortDevice]:
+        yield platform.ResetControl(lambda: self._end(Outcome.RESET))
         yield platform.SystemControlB()
-        yield platform.Cmos(platform.firmware_settings(memory, self.smp))
         if debug_fd is not None:
             yield platform.DebugPort(lambda data: os.write(debug_fd, data))
 
@@ -102,37 +103,107 @@ class Machine(Board):
         An error on a vCPU thread is raised here. The guest is stopped when this returns.
         """
         self._bus = SystemBus(self.pci, self._chips)
-        self.pci.assign_bars()
-        while True:
+        if not self._restored:
+            self.pci.assign_bars()
             self._load()
+        while True:
             outcome = self._run_once()
             if outcome is Outcome.CRASH:
                 log.warning("the guest crashed (triple fault)")
             if outcome in (Outcome.POWEROFF, Outcome.QUIT) or not reboot:
                 return outcome
-            self._reset()
+            with self._lock:
+                self._reset()
+                self._load()
 
     def quit(self) -> None:
         """Make `run` return `QUIT` soon."""
-        self._events.put(Outcome.QUIT)
+        self._end(Outcome.QUIT)
+
+    def _end(self, event: Outcome | BaseException) -> None:
+        self._ending = True
+        self._events.put(event)
 
     def pause(self) -> None:
         """Stop the CPUs, then the notifiers: no request is taken until `resume`; those under way may complete."""
         with self._lock:
-            if self._paused is None:
-                self._stop_cpus()
-                self._paused = [f for f in self.devices if f.dataplane.notifiers.running]
-                for function in self._paused:
-                    function.dataplane.notifiers.stop()
+            self._pause()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._stop_cpus()
+            for function in self.devices:
+                function.dataplane.notifiers.hold()
 
     def resume(self) -> None:
         """Go on after `pause`."""
         with self._lock:
-            if self._paused is not None:
-                for function in self._paused:
-                    function.dataplane.notifiers.start()
-                self._paused = None
+            self._resume()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            for function in self.devices:
+                function.dataplane.notifiers.unhold()
+            for vcpu in self._vcpus:
+                vcpu.kvmclock_ctrl()
+            if self._running:
                 self._start_cpus()
+
+    def snapshot(self, path: Path) -> None:
+        """Write everything but the disks to a file, from which `restore` goes on. The guest is paused meanwhile.
+
+        `ConfigError` or `OSError` if it cannot be had; then there is no file, and the guest goes on all the same.
+        """
+        with self._lock:
+            paused = self._paused
+            self._pause()
+            try:
+                if self._ending or not self._running:
+                    raise ConfigError("snapshot: the guest is not running")
+                for function in self.devices:
+                    function.dataplane.drain()
+                snapshot.write(self, path)
+            finally:
+                if not paused:
+                    self._resume()
+
+    def restore(self, path: Path) -> None:
+        """Become the machine of a snapshot; in place of booting, before `run`, with the same devices plugged.
+
+        `ConfigError` if that cannot be; no device has done anything then.
+        """
+        with self._lock:
+            self._pause()
+            snapshot.read(self, path)
+            self._restored = True
+            self._resume()
+
+    def save(self) -> dict[str, Any]:
+        """The state of all that is no memory, while nothing runs.
+
+        The interrupt controllers before the CPUs: timers go on, and what they send in between must not be lost.
+        """
+        return {
+            "pci": self.pci.save(),
+            "serial": self.serial.save(),
+            "power": self.power.save(),
+            "cmos": self.cmos.index,
+            "vm": self.vm.save(),
+            "cpus": [vcpu.save() for vcpu in self._vcpus],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the state of `save`. Each part sends interrupts to those before it."""
+        for index, (vcpu, saved) in enumerate(zip(self._vcpus, state["cpus"], strict=True)):
+            if refused := vcpu.restore(saved):
+                log.warning("cpu%d: not restored: MSR %s", index, ", ".join(map(hex, refused)))
+        self.vm.restore(state["vm"])
+        self.cmos.index = state["cmos"]
+        self.power.restore(state["power"])
+        self.serial.restore(state["serial"])
+        self.pci.restore(state["pci"])
 
     @property
     def exits(self) -> dict[str, int]:
@@ -163,12 +234,14 @@ class Machine(Board):
 
     def _run_once(self) -> Outcome:
         with self._lock:
-            if self._paused is None:
+            self._running, self._ending = True, False
+            if not self._paused:
                 self._start_cpus()
         try:
             event = self._events.get()
         finally:
             with self._lock:
+                self._running = False
                 self._stop_cpus()
         # More may have been said while the CPUs stopped; only the user's word counts still.
         while event is not Outcome.QUIT:
@@ -201,17 +274,14 @@ class Machine(Board):
             # A request to stop may be left over from the last run.
             while not self._stopping:
                 if vcpu.run(self._bus) in ("shutdown", "reset"):
-                    self._events.put(Outcome.CRASH)
+                    self._end(Outcome.CRASH)
                     return
         except BaseException as error:  # also the defects of our own that a guest's access found
-            self._events.put(error)
+            self._end(error)
 
     def _reset(self) -> None:
         """What the reset line does: CPUs, interrupt controllers, devices and the PCI bus start over."""
         log.info("reset")
-        with self._lock:
-            if self._paused:
-                self._paused = []  # nothing to take up again: there is no driver now
         self.pci.reset()
         self.pci.assign_bars()
         self.power.reset()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from pyvirtio.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyvirtio.dataplane import IoThread
@@ -16,6 +19,7 @@ info queues                     per queue: size, how its kicks travel, counters
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
 set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
 stop, cont                      pause the machine, and let it go on
+snapshot FILE                   write all but the disks to FILE, for `pyvirtio run ... --restore FILE`
 help                            this list
 quit                            end the machine
 """
@@ -31,6 +35,7 @@ class Controls(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def quit(self) -> None: ...
+    def snapshot(self, path: Path) -> None: ...
 
 
 class Monitor:
@@ -49,6 +54,8 @@ class Monitor:
                 return self.set(name, value)
             case ["set", *_]:
                 return "set: write for example: set blk0.ioeventfd off\n"
+            case ["snapshot", *_]:
+                return self.snapshot(line.split(maxsplit=1)[1:])
             case [command]:
                 return self._command(command)
             case [command, *_]:
@@ -99,6 +106,17 @@ class Monitor:
         known = ", ".join([*(device.name for device in self.machine.devices), *self.machine.iothreads])
         return f"set {name}: no such device or I/O thread; there are: {known}\n"
 
+    def snapshot(self, path: list[str]) -> str:
+        if not path:
+            return "snapshot: write for example: snapshot /tmp/guest.snapshot\n"
+        try:
+            self.machine.snapshot(Path(path[0].strip()))
+        except OSError as error:
+            return f"snapshot {path[0]}: {error.strerror}\n"
+        except ConfigError as error:
+            return f"{error}\n"
+        return ""
+
     def _set_ioeventfd(self, device: VirtioPci, key: str, value: str) -> str:
         if key.replace("_", "-") != "ioeventfd":
             return f"set {device.name}.{key}: only ioeventfd can be switched while the machine runs\n"
@@ -117,7 +135,7 @@ class Monitor:
 
 
 def unknown(command: str) -> str:
-    return f"unknown command {command!r}; known are: info, set, stop, cont, help, quit\n"
+    return f"unknown command {command!r}; known are: info, set, snapshot, stop, cont, help, quit\n"
 
 
 def status_text(device: VirtioPci) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Any
 
 from pyvirtio.errors import ConfigError
 from pyvirtio.transports.pci_config import COMMAND, INTERRUPT_LINE, BarKind, Command, PciFunction, Region
@@ -78,6 +79,16 @@ class PciBus:
         for function in self.functions.values():
             function.reset()
         self._address = 0
+
+    def save(self) -> dict[str, Any]:
+        """The state of every function by its slot; while nothing runs."""
+        return {"address": self._address, "slots": {str(slot): f.save() for slot, f in self.functions.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the state of `save`; the same functions are plugged."""
+        self._address = state["address"]
+        for slot, function in self.functions.items():
+            function.restore(state["slots"][str(slot)])
 
     def close(self) -> None:
         """Close every function, even if one of them fails."""

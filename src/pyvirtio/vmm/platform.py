@@ -27,6 +27,7 @@ class PowerManagement:
 
     def __init__(self, power_off: Callable[[], object]) -> None:
         self.power_off = power_off
+        self._timer_start = 0
         self.reset()
         self.ports = range(layout.PM_EVENT_PORT, layout.PM_TIMER_PORT + 4)
 
@@ -34,13 +35,25 @@ class PowerManagement:
         self.enable = 0
         self.control = SCI_ENABLE
 
+    @property
+    def _timer(self) -> int:
+        return time.monotonic_ns() * PM_TIMER_HZ // 10**9 - self._timer_start
+
+    def save(self) -> dict[str, int]:
+        return {"enable": self.enable, "control": self.control, "timer": self._timer}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """The timer goes on from where it was."""
+        self.enable, self.control = state["enable"], state["control"]
+        self._timer_start += self._timer - state["timer"]
+
     def read(self, port: int, size: int) -> int:
         """PM1 status is always 0: no event ever happens. The enable register reads back what was written."""
         registers = {
             layout.PM_EVENT_PORT: self.enable << 16 if size == 4 else 0,
             layout.PM_EVENT_PORT + 2: self.enable,
             layout.PM_CONTROL_PORT: self.control,
-            layout.PM_TIMER_PORT: time.monotonic_ns() * PM_TIMER_HZ // 10**9 & 0xFFFFFF,
+            layout.PM_TIMER_PORT: self._timer & 0xFFFFFF,
         }
         return registers.get(port, 0)
 

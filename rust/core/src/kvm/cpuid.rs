@@ -32,6 +32,19 @@ pub(super) fn for_vcpu(vm: &Vm, index: u32, cpus: u32) -> Result<CpuId> {
     CpuId::from_entries(&entries).map_err(|_| Error::Call { call: "KVM_SET_CPUID2", errno: libc::E2BIG })
 }
 
+/// What tells whether a guest of one host can go on on another: vendor, model, and the features that it may use.
+pub(super) fn features(vm: &Vm) -> Result<Vec<u8>> {
+    let supported = vm.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).during("KVM_GET_SUPPORTED_CPUID")?;
+    let words = supported.as_slice().iter().flat_map(|entry| match (entry.function, entry.index) {
+        (0, _) => vec![entry.ebx, entry.ecx, entry.edx],
+        (1 | 0x8000_0001, _) => vec![entry.eax, entry.ecx, entry.edx],
+        (7, _) => vec![entry.ebx, entry.ecx, entry.edx],
+        (0xd, 0) => vec![entry.eax, entry.edx],
+        _ => vec![],
+    });
+    Ok(words.flat_map(u32::to_le_bytes).collect())
+}
+
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool) {
     match entry.function {
         1 => {

@@ -2,8 +2,8 @@
 
 mod boot;
 mod cpuid;
-mod reset;
 mod serial;
+mod state;
 mod vcpu;
 mod vm;
 
@@ -14,6 +14,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 pub use boot::Mode;
 pub use serial::Serial;
+pub use state::Sections;
 pub use vcpu::{Bus, Exits, Stopped, Vcpu};
 pub use vm::{IoAddress, MsiRoute, Space, Vm};
 

@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use vm_superio::serial::NoEvents;
-use vm_superio::Trigger;
+use vm_superio::{SerialState, Trigger};
 
+use super::{During, Error, Result};
 use crate::interrupt::IrqLine;
 
 /// How long a byte may wait for a reader of the output before bytes are dropped.
@@ -42,14 +43,55 @@ impl Serial {
         }
         port.enqueue_raw_bytes(&data[..taken]).unwrap_or(0)
     }
+
+    /// Its registers, then what is in the FIFO, in a form for another process.
+    pub fn save(&self) -> Vec<u8> {
+        let mut state = self.0.lock().unwrap().state();
+        let mut bytes: Vec<u8> = registers(&mut state).map(|register| *register).into();
+        bytes.append(&mut state.in_buffer);
+        bytes
+    }
+
+    /// Go on from `save`; an interrupt that may have been under way is sent again.
+    pub fn restore(&self, bytes: &[u8]) -> Result<()> {
+        let mut state = SerialState::default();
+        let refused = || Error::Guest(format!("the state has {} bytes of a serial port", bytes.len()));
+        let (values, fifo) = bytes.split_first_chunk::<REGISTERS>().ok_or_else(refused)?;
+        for (register, value) in registers(&mut state).into_iter().zip(values) {
+            *register = *value;
+        }
+        state.in_buffer = fifo.to_vec();
+        let mut port = self.0.lock().unwrap();
+        let pulse = port.interrupt_evt().clone();
+        let out = Output { fd: port.writer().fd.try_clone().during("dup")?, stuck: false };
+        *port = vm_superio::Serial::from_state(&state, pulse, NoEvents, out).map_err(|_| refused())?;
+        Ok(())
+    }
 }
 
+const REGISTERS: usize = 9;
+
+fn registers(state: &mut SerialState) -> [&mut u8; REGISTERS] {
+    [
+        &mut state.baud_divisor_low,
+        &mut state.baud_divisor_high,
+        &mut state.interrupt_enable,
+        &mut state.interrupt_identification,
+        &mut state.line_control,
+        &mut state.line_status,
+        &mut state.modem_control,
+        &mut state.modem_status,
+        &mut state.scratch,
+    ]
+}
+
+#[derive(Clone)]
 struct Pulse(Arc<IrqLine>);
 
 impl Trigger for Pulse {
     type E = Infallible;
 
-    fn trigger(&self) -> Result<(), Infallible> {
+    fn trigger(&self) -> std::result::Result<(), Infallible> {
         self.0.set(true);
         self.0.set(false);
         Ok(())

@@ -7,9 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, Once};
 use kvm_bindings::{kvm_mp_state, kvm_regs, kvm_run, KVM_EXIT_IO_IN, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::reset::CpuState;
-use super::{boot, cpuid, During, Error, Mode, Result, Vm};
+use super::state::{CpuState, Tsc};
+use super::{boot, cpuid, During, Error, Mode, Result, Sections, Vm};
 use crate::memory::GuestMemory;
+
+/// Sections of a vCPU's state besides KVM's structures.
+const CPUID: &str = "cpuid";
+const TSC_KHZ: &str = "tsc_khz";
+/// One in this many, 250 ppm: what calibration may miss by.
+const TSC_TOLERANCE: u32 = 4000;
 
 /// Where the accesses go that nobody in the kernel answers. `size` is in bytes; values are little-endian numbers.
 pub trait Bus {
@@ -79,10 +85,39 @@ impl Vcpu {
     /// Go back to the state of `set_cpuid`. Not while it runs.
     pub fn reset(&self) -> Result<()> {
         match &*self.initial.lock().unwrap() {
-            Some(Ok(state)) => state.restore(&*self.stopped()?),
+            Some(Ok(state)) => state.restore(&*self.stopped()?, Tsc::GoesOn).map(|_| ()),
             Some(Err(error)) => Err(error.clone()),
             None => Err(Error::Guest("a vCPU can be reset after set_cpuid only".into())),
         }
+    }
+
+    /// All of its state, in a form for another process. Not while it runs.
+    pub fn save(&self) -> Result<Sections> {
+        let fd = self.stopped()?;
+        let mut sections = CpuState::of(&fd, &self.vm.kvm)?.sections();
+        sections.insert(CPUID.to_owned(), cpuid::features(&self.vm)?);
+        // A KVM that cannot tell has no other than the host's.
+        sections.insert(TSC_KHZ.to_owned(), fd.get_tsc_khz().unwrap_or(0).to_le_bytes().into());
+        Ok(sections)
+    }
+
+    /// Go on from `save`, after `set_cpuid`; returns the MSRs that could not be given their value.
+    pub fn restore(&self, sections: &Sections) -> Result<Vec<u32>> {
+        if sections.get(CPUID) != Some(&cpuid::features(&self.vm)?) {
+            return Err(Error::Guest("the CPU of this host has not the features of the one it was taken on".into()));
+        }
+        let state = CpuState::parse(sections)?;
+        let fd = self.stopped()?;
+        let khz =
+            sections.get(TSC_KHZ).and_then(|bytes| bytes.as_slice().try_into().ok()).map_or(0, u32::from_le_bytes);
+        set_tsc_khz(&fd, khz)?;
+        state.restore(&fd, Tsc::Restored)
+    }
+
+    /// Tell the guest that it stood still for a while, so that it does not take that for a lockup of its own.
+    pub fn kvmclock_ctrl(&self) {
+        // Fails where the guest does not use kvmclock.
+        let _ = self.stopped().map(|fd| fd.kvmclock_ctrl());
     }
 
     pub fn set_linux_entry(&self, entry: u64, boot_params: u64) -> Result<()> {
@@ -216,6 +251,17 @@ impl Vcpu {
             }
         }
     }
+}
+
+/// Have the guest's time stamp counter run as fast as it did, if this host's differs by more than a clock drifts.
+fn set_tsc_khz(fd: &VcpuFd, khz: u32) -> Result<()> {
+    let now = fd.get_tsc_khz().unwrap_or(0);
+    if khz == 0 || now.abs_diff(khz) <= now / TSC_TOLERANCE {
+        return Ok(());
+    }
+    fd.set_tsc_khz(khz).map_err(|_| {
+        Error::Guest(format!("the time stamp counter runs at {now} kHz on this host, and ran at {khz} kHz"))
+    })
 }
 
 fn count(counter: &AtomicU64) {

@@ -15,8 +15,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::reset::ChipState;
-use super::{During, Error, Result, Serial, Vcpu};
+use super::state::{self, ChipState};
+use super::{During, Error, Result, Sections, Serial, Vcpu};
 use crate::interrupt::Line;
 use crate::memory::GuestMemory;
 
@@ -140,6 +140,21 @@ impl Vm {
             Some(Err(error)) => Err(error.clone()),
             None => Err(Error::Guest("the VM has no irqchip to reset".into())),
         }
+    }
+
+    /// The interrupt controllers, the PIT and the clock, in a form for another process. Not while a vCPU runs.
+    pub fn save(&self) -> Result<Sections> {
+        let mut sections = ChipState::of(&self.fd)?.sections();
+        sections.insert("clock".to_owned(), state::clock(&self.fd)?.to_le_bytes().into());
+        Ok(sections)
+    }
+
+    /// Go on from `save`. After all vCPUs: what is pending here is sent to their local APICs.
+    pub fn restore(&self, sections: &Sections) -> Result<()> {
+        let clock = sections.get("clock").and_then(|bytes| bytes.as_slice().try_into().ok());
+        let clock = clock.ok_or_else(|| Error::Guest("the state has no clock".into()))?;
+        ChipState::parse(sections)?.restore(&self.fd)?;
+        state::set_clock(&self.fd, u64::from_le_bytes(clock))
     }
 
     /// Set all MSI routes; the pins of the irqchip keep theirs.

@@ -154,7 +154,18 @@ impl Entry {
         inside
     }
 
-    /// Whether somebody waits for the thread that is in to leave.
+    /// Wait until nobody is in; from here on nothing is served until `release`, however often it is asked for.
+    pub fn hold(&self) {
+        let _inside = self.wait_and_enter();
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// End a `hold`. Who was turned away is not called back.
+    pub fn release(&self) {
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether somebody waits for the thread that is in to leave, or holds everybody off.
     pub fn is_awaited(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
     }

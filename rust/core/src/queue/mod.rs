@@ -115,6 +115,11 @@ impl VirtQueue {
         self.active().as_ref().map_or(0, |active| active.in_flight)
     }
 
+    /// The next avail and used indexes, as `stop` returns them; none while the queue is not started.
+    pub fn position(&self) -> Option<(u16, u16)> {
+        self.active().as_ref().map(|active| active.ring.position())
+    }
+
     pub(crate) fn run(&self) -> u64 {
         self.run.load(Ordering::Relaxed)
     }
@@ -154,6 +159,16 @@ impl VirtQueue {
             self.active().take()
         };
         active.map_or((0, 0), |active| active.ring.position())
+    }
+
+    /// Wait for a running handler; no chain is taken until `release`. What is out may be completed.
+    pub fn hold(&self) {
+        self.doorbell.entry.hold();
+    }
+
+    /// End a `hold`. Look at the ring afterwards: attach, or call `service`.
+    pub fn release(&self) {
+        self.doorbell.entry.release();
     }
 
     /// Go on in other guest memory, with the ring at the same addresses; a chain that is out keeps the old one.
@@ -197,7 +212,7 @@ impl VirtQueue {
         let Some(active) = active.as_mut() else {
             return Ok(None);
         };
-        if inside && self.doorbell.entry.is_awaited() {
+        if self.doorbell.entry.is_awaited() {
             return Ok(None);
         }
         let Some((head, segments)) = active.take(inside)? else {

@@ -1,0 +1,233 @@
+"""The state of a virtio-pci device, taken at any moment and given to a fresh device: the driver notices nothing."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from notified import Transitional
+from pci_echo import Echo as Configurable
+from restored import restored, saved
+
+from pyvirtio import Chain, Device, VirtQueue, queue
+from pyvirtio.errors import ConfigError
+from pyvirtio.spec import DeviceId, Status
+from pyvirtio.testing import Guest, VirtioDriver
+from pyvirtio.testing.pci import BUS_MASTER, Msix
+from pyvirtio.testing.queue import HANG
+
+
+class Keeper(Device, id=DeviceId.ENTROPY):
+    """Keeps what it gets until it is told to answer."""
+
+    def __init__(self) -> None:
+        self.kept: list[Chain] = []
+
+    @queue(size=16)
+    def keepq(self, vq: VirtQueue) -> None:
+        self.kept.extend(vq)
+
+    def answer(self) -> None:
+        while self.kept:
+            chain = self.kept.pop()
+            chain.write(chain.read())
+            chain.complete()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def echo(driver: VirtioDriver, rounds: int = 1) -> None:
+    for number in range(rounds):
+        buffers = [driver.echoq.add(b"%d-%d" % (number, each), 16) for each in range(5)]
+        driver.echoq.kick()
+        assert [buffer.wait() for buffer in buffers] == [b"%d-%d" % (number, each) for each in range(5)]
+
+
+@pytest.fixture(params=["modern", "legacy"])
+def echoing(guest: Guest, request: pytest.FixtureRequest) -> VirtioDriver:
+    """A device that has served 35 requests: its ring of 16 has wrapped."""
+    driver = guest.plug(Transitional(), transport=request.param)
+    echo(driver, rounds=7)
+    return driver
+
+
+def test_the_rings_go_on_where_they_were(echoing: VirtioDriver) -> None:
+    ioeventfd = echoing.function.ioeventfd
+    function = restored(echoing, Transitional(), saved(echoing))
+    assert function.ioeventfd is ioeventfd
+    echo(echoing, rounds=7)
+
+
+def test_what_was_made_available_before_is_served_after(echoing: VirtioDriver) -> None:
+    echoing.function.dataplane.notifiers.hold()
+    buffers = [echoing.echoq.add(b"%d" % each, 16) for each in range(3)]
+    echoing.echoq.kick()
+    function = restored(echoing, Transitional(), saved(echoing))
+    assert [buffer.wait() for buffer in buffers] == [b"0", b"1", b"2"]
+    assert function.dataplane.queues[0].counters["interrupts"] == 1
+
+
+def test_what_was_served_with_its_interrupt_on_the_way_is_told_again(echoing: VirtioDriver) -> None:
+    """The guest did not get to see the interrupt; with MSI-X the state does not show that there was one."""
+    buffer = echoing.echoq.add(b"seen?", 16)
+    echoing.echoq.kick()
+    until(lambda: echoing.function.dataplane.queues[0].position == (36, 36))
+    restored(echoing, Transitional(), saved(echoing))
+    assert buffer.wait() == b"seen?"
+
+
+def test_a_masked_vector_stays_pending(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    assert driver.msix is not None
+    driver.msix.mask(1, True)
+    buffer = driver.echoq.add(b"later", 16)
+    driver.echoq.kick()
+    until(lambda: driver.function.dataplane.queues[0].position == (1, 1))
+    function = restored(driver, Transitional(), saved(driver))
+    assert function.interrupts.save()["msix"]["pending"] == [1]
+    assert driver.echoq.interrupts == 0
+    driver.msix.mask(1, False)
+    assert buffer.wait() == b"later"
+
+
+def test_a_function_mask_is_restored_too(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    assert driver.msix is not None
+    driver.msix.control = Msix.ENABLE | Msix.FUNCTION_MASK
+    buffer = driver.echoq.add(b"later", 16)
+    driver.echoq.kick()
+    restored(driver, Transitional(), saved(driver))
+    assert driver.echoq.interrupts == 0
+    driver.msix.control = Msix.ENABLE
+    assert buffer.wait() == b"later"
+
+
+def test_the_line_rises_again_and_the_isr_says_why(guest: Guest) -> None:
+    driver = guest.plug(Transitional(), msix=False)
+    driver.echoq.add(b"x", 16)
+    driver.echoq.kick()
+    line = guest.accel.lines[driver.pci.slot]
+    until(lambda: line.level)
+    restored(driver, Transitional(), saved(driver))
+    assert line.level
+    assert driver.registers.read_isr() == 1
+    assert not line.level
+
+
+def test_a_line_that_was_low_stays_low(guest: Guest) -> None:
+    driver = guest.plug(Transitional(), msix=False)
+    echo(driver)
+    restored(driver, Transitional(), saved(driver))
+    assert not guest.accel.lines[driver.pci.slot].level
+    echo(driver)
+
+
+def test_the_notifiers_are_up_at_the_same_addresses(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    before = guest.accel.ioeventfds
+    function = restored(driver, Transitional(), saved(driver))
+    assert guest.accel.ioeventfds == before
+    assert function.dataplane.notifiers.mode(0) == ("ioeventfd" if guest.ioeventfd else "sync")
+
+
+def test_configuration_and_its_generation(guest: Guest) -> None:
+    driver = guest.plug(Configurable())
+    driver.config.value = 77
+    generation = driver.common.config_generation
+    restored(driver, Configurable(), saved(driver))
+    assert (driver.config.value, driver.common.config_generation) == (77, generation)
+
+
+def test_a_driver_half_way_through_its_set_up_goes_on(guest: Guest) -> None:
+    driver = guest.plug(Transitional(), start=False)
+    driver.negotiate()
+    driver.set_up()
+    restored(driver, Transitional(), saved(driver))
+    assert Status.DRIVER_OK not in driver.status
+    driver.status |= Status.DRIVER_OK
+    echo(driver)
+
+
+def test_a_device_without_bus_mastering_starts_with_it(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    echo(driver, rounds=2)
+    command = driver.pci.command
+    driver.pci.command = command & ~BUS_MASTER
+    restored(driver, Transitional(), saved(driver))
+    driver.pci.command = command
+    echo(driver, rounds=2)
+
+
+def test_a_broken_device_is_broken_until_it_is_reset(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    driver.may_break = True
+    driver.function.dataplane.state.fail("a test said so")
+    restored(driver, Transitional(), saved(driver))
+    assert Status.NEEDS_RESET in driver.status
+    assert driver.why_broken == "a test said so"
+    driver.start()
+    echo(driver)
+
+
+def test_a_legacy_ring_before_driver_ok(guest: Guest) -> None:
+    """It is served as soon as it has an address."""
+    driver = guest.plug(Transitional(), transport="legacy", start=False)
+    driver.negotiate()
+    driver.set_up()
+    driver.echoq.polling = True
+    echo(driver)
+    restored(driver, Transitional(), saved(driver))
+    echo(driver)
+    driver.status |= Status.DRIVER_OK
+    echo(driver)
+
+
+def test_chains_under_way_are_waited_for(guest: Guest) -> None:
+    device = Keeper()
+    driver = guest.plug(device)
+    buffer = driver.keepq.add(b"kept", 16)
+    driver.keepq.kick()
+    until(lambda: bool(device.kept))
+    driver.function.dataplane.notifiers.hold()
+    with pytest.raises(ConfigError, match=r"keeper0\.keepq: 1 requests still under way after 0.01 s"):
+        driver.function.dataplane.drain(0.01)
+    device.answer()
+    restored(driver, Keeper(), saved(driver))
+    assert buffer.wait() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"vectors": 7}, "another device, or another property"),
+        ({"event_idx": False}, "transitional0: offers the features"),
+        ({"disable_modern": True}, "another device, or another property"),
+    ],
+)
+def test_another_property_is_one_line(guest: Guest, properties: dict[str, int], message: str) -> None:
+    driver = guest.plug(Transitional())
+    state = saved(driver)
+    with pytest.raises(ConfigError, match=message) as refused:
+        restored(driver, Transitional(), state, **properties)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_is_served_while_held_and_nothing_is_lost(guest: Guest) -> None:
+    driver = guest.plug(Transitional())
+    notifiers = driver.function.dataplane.notifiers
+    for _ in range(100):
+        notifiers.hold()
+        notifiers.hold()
+        buffer = driver.echoq.add(b"held", 16)
+        driver.echoq.kick()
+        driver.function.dataplane.queues[0].service()
+        assert not buffer.done
+        assert notifiers.mode(0) == "paused"
+        assert guest.accel.ioeventfds == set()
+        notifiers.unhold()
+        notifiers.unhold()
+        assert buffer.wait(HANG) == b"held"
