@@ -203,7 +203,7 @@ class HostNotifiers:
             self._open_and_close()
         except NotLent as failure:
             self._refused = str(failure)
-            log.warning("%s: %s: no vhost (%s); the I/O thread serves", self.name, failure.vq.name, failure)
+            log.warning("%s: %s: no vhost (%s); the I/O thread serves", self.name, failure.vq.name, self._refused)
             self._settle()
         except NotAttached as failure:
             self._explain(failure)
