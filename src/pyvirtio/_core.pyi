@@ -22,6 +22,7 @@ __all__ = [
     "Isr",
     "Kick",
     "MsixVector",
+    "NullIo",
     "Serial",
     "Timer",
     "Vcpu",
@@ -358,16 +359,22 @@ class Kick:
     def close(self) -> None: ...
 
 @final
+class NullIo:
+    """A disk that does nothing: a read leaves the guest's buffers as they are, a write goes nowhere."""
+
+    def __new__(cls) -> Self: ...
+
+@final
 class BlkPlane:
     """Serves virtio-blk requests (virtio 1.3, 5.2.6): parses them, and does the I/O natively or through a backend.
 
-    `backend` is an fd of a raw file (duplicated; served without Python) or a `BlockBackend`. `capacity` is in
-    bytes. One plane may serve any number of queues.
+    `backend` is an fd of a raw file (duplicated; served without Python), a `NullIo` or a `BlockBackend`. `capacity`
+    is in bytes. One plane may serve any number of queues.
     """
 
     def __new__(
         cls,
-        backend: int | BlockBackend,
+        backend: int | NullIo | BlockBackend,
         *,
         capacity: int,
         readonly: bool = False,

@@ -14,8 +14,12 @@ from pyvirtio.testing.vhost_user import MIB
 QUICK = ["--seconds", "0.01", "--rounds", "2", "--iodepth", "4,1"]
 
 REFUSED = {
-    "": "say what to measure: `bench blk --socket-path PATH`",
-    "blk": "say what to measure",
+    "": "say what: `bench blk --socket-path PATH` or `bench --against qemu-storage-daemon`",
+    "blk": "say what: `bench blk --socket-path PATH`",
+    "--against bochs": "--against bochs is not known: qemu-storage-daemon",
+    "--against qemu-storage-daemon --storage tape": "--storage tape is not known: null, tmpfs, disk",
+    "--against qemu-storage-daemon --socket-path s": "leave --socket-path out",
+    "--against qemu-storage-daemon --dir nowhere --storage disk": "nowhere",
     "tape --socket-path s": "invalid choice: 'tape'",
     "blk --socket-path nowhere": "nowhere: No such file or directory",
     "blk --socket-path s --rw trim": "--rw trim is not allowed: read, write, randread, randwrite, mixed",
@@ -66,7 +70,7 @@ def test_the_json_has_the_load_and_every_sample(tmp_path: Path, socket_path: Pat
     figures = json.loads((tmp_path / "j").read_text())
     assert figures["socket"] == str(socket_path)
     assert figures["load"] == {
-        "rw": "randread", "block_size": 4096, "num_queues": 1, "size": 1 << 30, "packed": False, "indirect": False,
+        "rw": "randread", "block_size": 4096, "num_queues": 1, "size": 1 << 28, "packed": False, "indirect": False,
         "poll": False, "verify": False,
     }  # fmt: skip
     assert [sample["iodepth"] for sample in figures["samples"]] == [1, 4, 1, 4]
@@ -117,3 +121,33 @@ def test_requests_that_failed_are_status_1(start: Start, socket_path: Path, caps
     start("disks.py:Corrupting,kind=Broken", "--socket-path", "s")
     assert main(["bench", "blk", "--socket-path", str(socket_path), *QUICK]) == 1
     assert "requests failed\n" in capsys.readouterr().err
+
+
+def test_a_comparison_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--storage", "null", "--size", "16m", "--json", str(tmp_path / "j")]
+    assert main(["bench", "--against", "qemu-storage-daemon", *QUICK, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "Ours against qemu-storage-daemon" in shown
+    figures = json.loads((tmp_path / "j").read_text())
+    assert set(figures) == {"against", "loads", "rows", "results"}
+    assert figures["loads"]["null"]["size"] == 16 * MIB
+    assert [(row["iodepth"], row["server"]) for row in figures["rows"]] == [
+        (1, "native"), (1, "python"), (4, "native"), (4, "python")
+    ]  # fmt: skip
+    assert len(figures["results"]) == 2 * 2 * 3
+    for row in figures["rows"]:
+        for name in ("iops", "cpu_per_request", "p50"):
+            assert row["ratios"][name]["low"] <= row["ratios"][name]["median"] <= row["ratios"][name]["high"]
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    options = ["--storage", "null", "--plot", str(tmp_path / "ratios.svg")]
+    assert main(["bench", "--against", "qemu-storage-daemon", *QUICK, *options]) == 0
+    (tmp_path / "disk.img").write_bytes(bytes(MIB))
+    with programs(tmp_path) as start:
+        start("blk", "--blk-file", "disk.img", "--socket-path", "s")
+        assert (
+            main(["bench", "blk", "--socket-path", str(tmp_path / "s"), *QUICK, "--plot", str(tmp_path / "s.svg")]) == 0
+        )
+    for name in ("ratios.svg", "s.svg"):
+        assert "</svg>" in (tmp_path / name).read_text()

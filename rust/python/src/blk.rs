@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict};
 use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
-use pyvirtio_core::planes::FileBackend;
+use pyvirtio_core::planes::{FileBackend, NullBackend};
 use pyvirtio_core::{Handler, VirtQueue};
 
 use crate::buffer;
@@ -18,6 +18,18 @@ use crate::logging;
 
 /// Bytes of one `discard` or `write_zeroes` call: a backend may well make that many bytes to write them.
 const PIECE: u64 = 1 << 20;
+
+/// Reads and writes that do nothing.
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct NullIo;
+
+#[pymethods]
+impl NullIo {
+    #[new]
+    fn new() -> Self {
+        Self
+    }
+}
 
 #[pyclass(frozen, module = "pyvirtio._core")]
 pub struct BlkPlane {
@@ -70,9 +82,10 @@ impl BlkPlane {
             max_write_zeroes_sectors,
             max_ranges: max_discard_segments,
         };
-        let (backend, python): (Box<dyn Backend>, bool) = match backend.extract::<RawFd>() {
-            Ok(fd) => (Box::new(FileBackend::new(duplicate(fd)?)), false),
-            Err(_) => (Box::new(PythonBackend::new(backend)?), true),
+        let (backend, python): (Box<dyn Backend>, bool) = match (backend.extract::<RawFd>(), backend.cast::<NullIo>()) {
+            (Ok(fd), _) => (Box::new(FileBackend::new(duplicate(fd)?)), false),
+            (_, Ok(_)) => (Box::new(NullBackend), false),
+            _ => (Box::new(PythonBackend::new(backend)?), true),
         };
         Ok(Self { plane: Arc::new(blk::BlkPlane::new(backend, disk)), python })
     }

@@ -3,10 +3,12 @@
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
+from pyvirtio._core import NullIo
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import SECTOR
 
@@ -39,6 +41,11 @@ class BlockBackend:
     def offers(self, *methods: str) -> bool:
         """Whether the class defines one of the methods."""
         return any(hasattr(self, name) for name in methods)
+
+    def native(self) -> int | NullIo | None:
+        """What the core does the I/O with, without Python; None where the methods of the class do it."""
+        fileno: Callable[[], int] | None = getattr(self, "fileno", None)
+        return fileno() if fileno else None
 
     @property
     def readonly(self) -> bool:
@@ -148,3 +155,17 @@ class Memory(BlockBackend):
         self.data[offset : offset + length] = bytes(length)
 
     discard = write_zeroes
+
+
+class Null(BlockBackend):
+    """A disk that does nothing, as QEMU's null-co: for measuring what everything around a disk costs."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def native(self) -> NullIo:
+        return NullIo()
+
+    @property
+    def readonly(self) -> bool:
+        return False

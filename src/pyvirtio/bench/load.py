@@ -28,7 +28,7 @@ class Load:
     rw: str = "randread"
     block_size: int = 4096
     num_queues: int = 1
-    size: int = 1 << 30
+    size: int = 1 << 28
     packed: bool = False
     indirect: bool = False
     poll: bool = False

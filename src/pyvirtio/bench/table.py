@@ -4,12 +4,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pyvirtio.bench.compare import FIGURES, Row
 from pyvirtio.bench.load import Load, Sample, Spread, by_iodepth
 from pyvirtio.properties import show_size
 
 MICRO = 1e6
 MIB = 1 << 20
 NOT_KNOWN = "-"
+UNITS = "Latencies and the back-end's CPU time for a request in microseconds."
+SHOWN = {"cpu_per_request": "{:.2f}", "p50": "{:,.0f}"}
 
 
 def samples_table(title: str, load: Load, samples: list[Sample]) -> RenderableType:
@@ -23,10 +26,26 @@ def samples_table(title: str, load: Load, samples: list[Sample]) -> RenderableTy
             *(_median(rounds, name, MICRO, "{:,.0f}") for name in ("p50", "p99", "p99_9")),
             _median(rounds, "cpu_per_request", MICRO, "{:.2f}"),
         )
-    note = (
-        "Medians (lowest-highest) of all rounds. Latencies and the back-end's CPU time for a request in microseconds."
-    )
+    note = f"Medians (lowest-highest) of all rounds. {UNITS}"
     return Group(table, Text(describe(load)), Text(note, "dim"))
+
+
+def ratios_table(rows: list[Row], other: str) -> RenderableType:
+    """Ours against theirs: for each storage, depth and server the ratios, and below that what they are ratios of."""
+    table = _table(f"Ours against {other}", "storage", "depth", "server", "requests/s", "CPU", "p50")
+    plain = _table("The figures", "storage", "depth", "server", "requests/s", "CPU", "p50")
+    for row in rows:
+        names = row.storage, str(row.iodepth)
+        table.add_row(*names, row.server, *(spread(row.ratios[name], "{:.2f}") for name in FIGURES))
+        if row.server == rows[0].server:
+            plain.add_row(*names, other, *_figures(row.theirs))
+        plain.add_row(*names, row.server, *_figures(row.ours))
+    note = f"Medians (lowest-highest) of all rounds. Ratios: ours divided by {other} in the same round. {UNITS}"
+    return Group(table, Text(), plain, Text(note, "dim"))
+
+
+def _figures(figures: dict[str, Spread | None]) -> list[str]:
+    return [spread(figures["iops"], "{:,.0f}"), *(spread(figures[name], form, MICRO) for name, form in SHOWN.items())]
 
 
 def describe(load: Load) -> str:
@@ -38,10 +57,10 @@ def describe(load: Load) -> str:
     return f"{load.rw} of {show_size(load.block_size)}, {queues}, {ring}, {completion}{verified}."
 
 
-def spread(figure: Spread | None, form: str) -> str:
+def spread(figure: Spread | None, form: str, factor: float = 1) -> str:
     if figure is None:
         return NOT_KNOWN
-    middle, low, high = map(form.format, (figure.median, figure.low, figure.high))
+    middle, low, high = (form.format(value * factor) for value in (figure.median, figure.low, figure.high))
     return f"{middle} ({low}-{high})"
 
 

@@ -3,7 +3,9 @@
 import argparse
 import importlib.util
 import json
+import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,13 @@ from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.properties import parse_size, show_size
 
 if TYPE_CHECKING:
+    from pyvirtio.bench.compare import Contest
     from pyvirtio.bench.load import Sample
     from pyvirtio.bench.target import Target
 
+SERVERS = ["qemu-storage-daemon"]
+STORAGES = {"null": (32, 128), "tmpfs": (1, 32, 128), "disk": (32,)}
+"""What the servers of a comparison can have below them, and the depths at which they are compared on it."""
 MAX_IODEPTH = 128
 MAX_BLOCK = 1 << 20
 WIDTH_OF_A_FILE = 120  # columns, where the output is no terminal
@@ -29,12 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("device", nargs="?", choices=["blk"], help="what is behind the socket")
     parser.add_argument("--socket-path", type=Path, metavar="PATH", help="a socket of any back-end")
+    parser.add_argument("--against", metavar="SERVER", help=f"compare ours with another one: {', '.join(SERVERS)}")
+    names = ",".join(STORAGES)
+    parser.add_argument("--storage", default=names, metavar="NAME,...", help=f"then: what is below them ({names})")
+    parser.add_argument("--dir", type=Path, default=Path(), metavar="DIR", help="then: where `disk` has its file (.)")
     parser.add_argument("--pid", type=int, metavar="N", help="its process, unless that is who listens")
     parser.add_argument("--rw", default="randread", metavar="PATTERN", help=f"{', '.join(PATTERNS)} (randread)")
     parser.add_argument("--bs", default="4k", metavar="SIZE", help="bytes of a request (4k)")
-    parser.add_argument("--iodepth", default="1,32", metavar="N,...", help="requests in flight, 1 to 128 (1,32)")
+    parser.add_argument("--iodepth", type=_iodepths, metavar="N,...", help="requests in flight, 1 to 128 (1,32)")
     parser.add_argument("--num-queues", type=int, default=1, metavar="N", help="queues, each with its iodepth (1)")
-    parser.add_argument("--size", default="1g", metavar="SIZE", help="how much of the disk is used, at most (1g)")
+    parser.add_argument("--size", default="256m", metavar="SIZE", help="how much of the disk is used, at most (256m)")
     parser.add_argument("--packed", action="store_true", help="packed rings")
     parser.add_argument("--indirect", action="store_true", help="indirect descriptors, as Linux uses them")
     parser.add_argument("--poll", action="store_true", help="look for completions all the time; no interrupts")
@@ -48,19 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    load, iodepths = _load(args), _iodepths(args.iodepth)
+    load = _load(args)
     _check(args)
     try:
-        return _measure_one(args, load, iodepths)
+        return _compare(args, load) if args.against else _measure_one(args, load)
     except ProtocolError as error:
         print("pyvirtio:", error, file=sys.stderr)
         return 1
 
 
-def _measure_one(args: argparse.Namespace, load: Load, iodepths: list[int]) -> int:
+def _measure_one(args: argparse.Namespace, load: Load) -> int:
     from pyvirtio.bench.table import samples_table
     from pyvirtio.bench.target import Target
 
+    iodepths = args.iodepth or (1, 32)
     with Target(args.socket_path, load, max(iodepths), args.pid) as target:
         samples = _in_turn(target, iodepths, args.rounds, args.seconds)
         target.check()
@@ -76,7 +87,45 @@ def _measure_one(args: argparse.Namespace, load: Load, iodepths: list[int]) -> i
     return 1 if failed else 0
 
 
-def _in_turn(target: "Target", iodepths: list[int], rounds: int, seconds: float) -> "list[Sample]":
+def _compare(args: argparse.Namespace, load: Load) -> int:
+    from rich.progress import track
+
+    from pyvirtio.bench.compare import as_json, rows, run
+    from pyvirtio.bench.table import ratios_table
+    from pyvirtio.cli.lab import ended_by_signals
+
+    contests, console = _contests(args, load), _console()
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pyvirtio-bench-") as directory:
+        measured = run(contests, args.against, args.rounds, args.seconds, Path(directory))
+        total = sum(contest.samples(args.rounds) for contest in contests)
+        results = list(track(measured, "measuring", total, console=console, transient=True))
+    found = rows(results, args.against)
+    console.print(ratios_table(found, args.against))
+    _write(args, as_json(args.against, contests, results))
+    if args.plot:
+        from pyvirtio.bench.plot import draw_ratios
+
+        draw_ratios(found, args.against, args.plot)
+    failed = sum(result.sample.errors for result in results)
+    if failed:
+        print(f"pyvirtio: {failed} requests failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _contests(args: argparse.Namespace, load: Load) -> "list[Contest]":
+    from pyvirtio.bench.compare import Contest
+    from pyvirtio.bench.servers import Storage
+
+    name = f"pyvirtio-bench-{os.getpid()}.img"
+    storages = {
+        "null": Storage("null"),
+        "tmpfs": Storage("tmpfs", Path("/dev/shm") / name),
+        "disk": Storage("disk", args.dir.absolute() / name, direct=True),
+    }
+    return [Contest(storages[chosen], load, args.iodepth or STORAGES[chosen]) for chosen in args.storage.split(",")]
+
+
+def _in_turn(target: "Target", iodepths: tuple[int, ...], rounds: int, seconds: float) -> "list[Sample]":
     return [target.measure(iodepth, seconds, seed=2 * round_ + 1) for round_ in range(rounds) for iodepth in iodepths]
 
 
@@ -99,18 +148,25 @@ def _size(args: argparse.Namespace, option: str) -> int:
         raise ConfigError(f"bench: --{option} {text} is not a size") from None
 
 
-def _iodepths(text: str) -> list[int]:
+def _iodepths(text: str) -> tuple[int, ...]:
     """The depths of a list, lowest first."""
     depths = {int(item) if item.isdecimal() else 0 for item in text.split(",")}
     if not all(1 <= depth <= MAX_IODEPTH for depth in depths):
         raise ConfigError(f"bench: --iodepth {text} is not allowed: numbers from 1 to {MAX_IODEPTH}, with commas")
-    return sorted(depths)
+    return tuple(sorted(depths))
 
 
 def _check(args: argparse.Namespace) -> None:
     """ConfigError before anything has started."""
-    if args.device is None or args.socket_path is None:
-        raise ConfigError("bench: say what to measure: `bench blk --socket-path PATH`")
+    if args.against is None and (args.device is None or args.socket_path is None):
+        raise ConfigError(f"bench: say what: `bench blk --socket-path PATH` or `bench --against {SERVERS[0]}`")
+    if args.against is not None and args.against not in SERVERS:
+        raise ConfigError(f"bench: --against {args.against} is not known: {', '.join(SERVERS)}")
+    if args.against is not None and args.socket_path:
+        raise ConfigError("bench: --against starts all servers itself: leave --socket-path out")
+    for name in args.storage.split(","):
+        if name not in STORAGES:
+            raise ConfigError(f"bench: --storage {name} is not known: {', '.join(STORAGES)}")
     if not 1 <= args.rounds <= 1000:
         raise ConfigError(f"bench: --rounds {args.rounds} is not allowed: 1 to 1000")
     if not 0.01 <= args.seconds <= 600:

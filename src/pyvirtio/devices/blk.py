@@ -71,11 +71,11 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         self.write_cache = write_cache
         logical = logical_block_size or drive.block_size
         self._check(serial, logical, physical_block_size or logical, min_io_size, opt_io_size)
-        fileno = getattr(drive, "fileno", None)
-        self.device_features = self._features(config_wce, fileno is not None, discard, write_zeroes)
+        native = drive.native()
+        self.device_features = self._features(config_wce, native is not None, discard, write_zeroes)
         self._fill_config(logical, physical_block_size or logical, min_io_size, opt_io_size)
         self.plane = BlkPlane(
-            drive if fileno is None else fileno(),
+            drive if native is None else native,
             capacity=drive.capacity,
             readonly=drive.readonly,
             flush=self._offered(BlkFeature.FLUSH),

@@ -2,5 +2,7 @@
 
 pub mod blk;
 mod file;
+mod null;
 
 pub use file::FileBackend;
+pub use null::NullBackend;

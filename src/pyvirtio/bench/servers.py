@@ -1,0 +1,104 @@
+"""Back-ends to compare, each a process of its own on the same storage."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from pyvirtio.errors import ConfigError, ProtocolError
+
+QSD = "qemu-storage-daemon"
+NATIVE, PYTHON = "native", "python"
+"""Our two: the core does the I/O, or a method in Python for each request."""
+START = 30.0
+"""Seconds that a server may take until its socket is there."""
+MIB = 1 << 20
+NULL_SIZE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a disk is made of: nothing, or a file; `direct` goes past the page cache."""
+
+    name: str
+    file: Path | None = None
+    direct: bool = False
+
+    def of(self, server: str) -> Self:
+        """The same, with a file for this server alone."""
+        file = self.file and self.file.with_name(f"{self.file.stem}-{server}{self.file.suffix}")
+        return replace(self, file=file)
+
+    @contextmanager
+    def made(self, size: int) -> Iterator[None]:
+        """The file is there, of random data, as long as this lasts."""
+        if self.file is None:
+            yield
+            return
+        try:
+            with self.file.open("xb") as file:
+                for _ in range(size // MIB):
+                    file.write(os.urandom(MIB))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self.file}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            self.file.unlink()
+
+
+def command(server: str, storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
+    """What starts a server on a disk of `storage`."""
+    if server == QSD:
+        return [_program(QSD), *_qsd(storage, num_queues, socket_path)]
+    serve = [sys.executable, "-m", "pyvirtio", "serve", "--socket-path", str(socket_path)]
+    queues = f"num-queues={num_queues}"
+    if storage.file is None:
+        disk = "PythonNull" if server == PYTHON else "NativeNull"
+        return [*serve, f"pyvirtio.bench.disks:{disk},size={NULL_SIZE},{queues}"]
+    path = str(storage.file).replace(",", ",,")
+    if server == PYTHON:
+        return [*serve, f"pyvirtio.bench.disks:PythonFile,path={path},{queues}"]
+    return [*serve, f"blk,queue-size=1024,{queues}", "--blk-file", str(storage.file)]
+
+
+def _qsd(storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
+    if storage.file is None:
+        node = f"driver=null-co,size={NULL_SIZE}"
+    else:
+        path = str(storage.file).replace(",", ",,")
+        node = f"driver=file,filename={path},aio=io_uring,locking=off,cache.direct={'on' if storage.direct else 'off'}"
+    export = "type=vhost-user-blk,id=disk,node-name=disk,addr.type=unix,writable=on"
+    return [
+        "--blockdev", f"{node},node-name=disk",
+        "--export", f"{export},addr.path={str(socket_path).replace(',', ',,')},num-queues={num_queues}",
+    ]  # fmt: skip
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError(f"bench: {name} is not installed (Debian: qemu-system-common)")
+    return found
+
+
+@contextmanager
+def started(arguments: list[str], socket_path: Path) -> Iterator[int]:
+    """Runs a server until the end of the block; its process id, once its socket is there."""
+    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + START
+            while not socket_path.is_socket():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ProtocolError(f"{Path(arguments[0]).name} did not start")
+                time.sleep(0.01)
+            yield process.pid
+        finally:
+            process.terminate()

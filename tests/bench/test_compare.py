@@ -1,0 +1,90 @@
+"""Ours and another back-end in turn: what is started, and how ratios come from rounds."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyvirtio.bench import compare
+from pyvirtio.bench.compare import Contest, Result, rows
+from pyvirtio.bench.load import Load, Sample, Spread
+from pyvirtio.bench.servers import NATIVE, PYTHON, QSD, Storage
+from pyvirtio.errors import ConfigError, ProtocolError
+from pyvirtio.testing.vhost_user import MIB
+
+SAMPLE = Sample(8, 1000, 0, 1.0, 4096000, 1e-5, 2e-5, 3e-5, 4e-5, 0.5, 10, 10)
+
+
+def result(server: str, round_: int, iops: int, cpu: float | None = 0.5, iodepth: int = 8) -> Result:
+    return Result("null", server, round_, replace(SAMPLE, iodepth=iodepth, requests=iops, cpu=cpu))
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    figures = [(100, 200), (50, 150), (200, 500)]
+    results = [
+        result(name, round_, iops)
+        for round_, pair in enumerate(figures)
+        for name, iops in zip((QSD, NATIVE), pair, strict=True)
+    ]
+    (row,) = rows(results, QSD)
+    assert (row.storage, row.iodepth, row.server) == ("null", 8, NATIVE)
+    assert row.ratios["iops"] == Spread(2.5, 2.0, 3.0)
+    assert row.ours["iops"] == Spread(200, 150, 500)
+    assert row.theirs["iops"] == Spread(100, 50, 200)
+    assert row.ratios["p50"] == Spread(1, 1, 1)
+
+
+def test_each_of_our_servers_has_a_row_at_each_depth() -> None:
+    results = [result(name, 0, 10, iodepth=depth) for depth in (1, 32) for name in (QSD, NATIVE, PYTHON)]
+    assert [(row.iodepth, row.server) for row in rows(results, QSD)] == [
+        (1, NATIVE), (1, PYTHON), (32, NATIVE), (32, PYTHON)
+    ]  # fmt: skip
+
+
+def test_a_cpu_time_that_is_not_known_has_no_ratio() -> None:
+    (row,) = rows([result(QSD, 0, 10, cpu=None), result(NATIVE, 0, 20)], QSD)
+    assert row.ratios["cpu_per_request"] is None
+    assert row.ratios["iops"] == Spread(2, 2, 2)
+
+
+@pytest.fixture
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    yield {
+        "null": Storage("null"),
+        "file": Storage("file", tmp_path / "disk.img"),
+        "disk": Storage("disk", tmp_path / "disk.img", direct=True),
+    }[request.param]
+    assert list(tmp_path.glob("*.img")) == []
+
+
+@pytest.mark.parametrize("storage", ["null", "file", "disk"], indirect=True)
+def test_every_server_does_every_load(storage: Storage, tmp_path: Path) -> None:
+    contest = Contest(storage, Load(rw="mixed", size=4 * MIB, verify=storage.file is not None), (1, 8))
+    results = list(compare.run([contest], QSD, rounds=1, seconds=0.01, directory=tmp_path))
+    assert len(results) == contest.samples(rounds=1)
+    servers = [QSD, NATIVE] if storage.direct else [QSD, NATIVE, PYTHON]
+    assert [(r.sample.iodepth, r.server) for r in results] == [(depth, name) for depth in (1, 8) for name in servers]
+    for result in results:
+        assert result.sample.errors == 0
+        assert result.sample.cpu is not None
+
+
+@pytest.mark.parametrize("storage", ["file"], indirect=True)
+def test_a_server_that_does_not_start_is_said(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "command", lambda *_: ["/bin/false"])
+    contest = Contest(storage, Load(size=MIB), (1,))
+    with pytest.raises(ProtocolError, match="false did not start"):
+        list(compare.run([contest], QSD, 1, 0.01, tmp_path))
+
+
+@pytest.mark.parametrize("storage", ["null"], indirect=True)
+def test_a_server_that_is_not_installed_is_said(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(ConfigError, match="qemu-storage-daemon is not installed"):
+        list(compare.run([Contest(storage, Load(size=MIB), (1,))], QSD, 1, 0.01, tmp_path))
