@@ -238,6 +238,8 @@ class VirtQueue:
         desc: int,
         avail: int,
         used: int,
+        packed: bool = False,
+        in_order: bool = False,
         event_idx: bool = False,
         indirect: bool = False,
         notify_on_empty: bool = False,
@@ -247,10 +249,13 @@ class VirtQueue:
     ) -> None:
         """Take a ring into use. `GuestError` if it is unaligned, overlaps itself or lies outside RAM.
 
-        With `inflight`, what it says was in flight is served first, and decides about `next_avail`.
+        `avail` and `used` are the driver's and the device's area; of a packed ring the event suppression structures.
+        Its indexes carry the wrap counter in bit 15: a fresh one starts at 0x8000. With `in_order` chains are
+        given back in the order in which they were taken.
+        With `inflight`, what it says was in flight is served first, and decides about `next_avail`; split rings only.
         """
     def stop(self) -> tuple[int, int]:
-        """Wait for a running handler, forget the ring; return (next avail index, next used index).
+        """Wait for a running handler, forget the ring; return its next avail and used indexes as `start` takes them.
 
         A handler may stop its own queue: then nothing is waited for.
         """
@@ -305,7 +310,7 @@ class VirtQueue:
     def __next__(self) -> Chain: ...
     @property
     def in_flight(self) -> int:
-        """Chains taken and not completed."""
+        """Chains taken and not given back."""
     @property
     def counters(self) -> dict[str, int]:
         """notifies (exits), kicks (signals seen), wakeups, chains, interrupts, suppressed; since the queue was made."""

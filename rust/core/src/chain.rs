@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use vm_memory::VolatileSlice;
 
 use crate::memory::GuestMemory;
-use crate::queue::VirtQueue;
+use crate::queue::{Receipt, Used, VirtQueue};
 use crate::GuestError;
 
 /// A piece of guest memory in this process. The guest may change it at any time: copy out first, then check.
@@ -18,8 +18,9 @@ pub struct Segments {
     pieces: SmallVec<[Segment; 4]>,
     /// How many of them are device-readable.
     readable: usize,
-    /// Bytes of all of them.
+    /// Bytes of all of them, and of the writable ones.
     total: u32,
+    room: u32,
 }
 
 // SAFETY: the pointers lead to shared guest memory, which any thread may access.
@@ -46,7 +47,9 @@ impl Segments {
         memory.pieces(address, u64::from(length), |host, n| {
             self.pieces.push(Segment { iov_base: host.cast(), iov_len: n });
         })?;
-        if !writable {
+        if writable {
+            self.room += length;
+        } else {
             self.readable = self.pieces.len();
         }
         Ok(())
@@ -125,7 +128,7 @@ pub struct Chain {
     /// Keeps the segments mapped.
     memory: GuestMemory,
     segments: Segments,
-    head: u16,
+    receipt: Receipt,
     epoch: u64,
     run: u64,
     reader: Cursor,
@@ -138,7 +141,7 @@ impl Chain {
     pub(crate) fn new(
         vq: Arc<VirtQueue>,
         memory: GuestMemory,
-        head: u16,
+        receipt: Receipt,
         segments: Segments,
         epoch: u64,
         run: u64,
@@ -149,7 +152,7 @@ impl Chain {
             vq,
             memory,
             segments,
-            head,
+            receipt,
             epoch,
             run,
             written: 0,
@@ -161,8 +164,9 @@ impl Chain {
         &self.memory
     }
 
+    /// What the driver knows it by: the head in a split ring, the buffer id in a packed one.
     pub fn head(&self) -> u16 {
-        self.head
+        self.receipt.id
     }
 
     pub fn vq(&self) -> &Arc<VirtQueue> {
@@ -268,7 +272,9 @@ impl Chain {
             self.check_live()?;
             return Err(ChainError::Completed);
         }
-        self.live(|| self.vq.put(self.head, self.written, &self.memory, self.segments.writable()))?;
+        let whole = self.written == self.segments.room;
+        let used = Used { receipt: self.receipt, length: self.written, whole };
+        self.live(|| self.vq.put(used, &self.memory, self.segments.writable()))?;
         self.completed = true;
         self.vq.pass_late();
         Ok(())
@@ -278,7 +284,7 @@ impl Chain {
 impl Drop for Chain {
     fn drop(&mut self) {
         if !self.completed && self.check_live().is_ok() {
-            self.vq.dropped(self.head);
+            self.vq.dropped(self.head());
         }
     }
 }

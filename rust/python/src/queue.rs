@@ -67,8 +67,9 @@ impl VirtQueue {
         self.inner.kick_fd()
     }
 
-    #[pyo3(signature = (memory, handler, *, size, desc, avail, used, event_idx = false, indirect = false,
-                        notify_on_empty = false, next_avail = 0, next_used = 0, inflight = None))]
+    #[pyo3(signature = (memory, handler, *, size, desc, avail, used, packed = false, in_order = false,
+                        event_idx = false, indirect = false, notify_on_empty = false, next_avail = 0, next_used = 0,
+                        inflight = None))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn start(
         slf: &Bound<'_, Self>,
@@ -78,6 +79,8 @@ impl VirtQueue {
         desc: u64,
         avail: u64,
         used: u64,
+        packed: bool,
+        in_order: bool,
         event_idx: bool,
         indirect: bool,
         notify_on_empty: bool,
@@ -86,7 +89,7 @@ impl VirtQueue {
         inflight: Option<&InflightRegion>,
     ) -> PyResult<()> {
         let vq = &slf.get().inner;
-        // A size that does not fit is refused like any other that is no power of two up to the maximum.
+        // A size that does not fit is refused like any other past the maximum.
         let size = u16::try_from(size).unwrap_or(u16::MAX);
         let inflight = inflight.map(|region| region.inner.clone());
         let config = RingConfig {
@@ -94,6 +97,8 @@ impl VirtQueue {
             desc,
             avail,
             used,
+            packed,
+            in_order,
             event_idx,
             indirect,
             notify_on_empty,

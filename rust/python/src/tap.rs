@@ -14,12 +14,12 @@ pub struct Completed(pub pyvirtio_core::Completed);
 impl Completed {
     #[getter]
     fn head(&self) -> u16 {
-        self.0.head
+        self.0.head()
     }
 
     #[getter]
     fn length(&self) -> u32 {
-        self.0.length
+        self.0.length()
     }
 
     fn resized(&self, length: u32) -> Self {

@@ -1,10 +1,16 @@
 //! A virtqueue: takes chains from a ring, hands them to a handler and gives them back (virtio 1.3, 2.6).
 
+mod desc;
 pub mod doorbell;
 mod inflight;
+pub mod laps;
 #[cfg(all(test, loom))]
 mod model;
+#[cfg(all(test, loom))]
+mod model_rings;
 pub mod notify;
+mod packed;
+mod ring;
 mod service;
 mod split;
 pub mod tap;
@@ -15,8 +21,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::doorbell::{Doorbell, Drained};
 pub use self::inflight::InflightRegion;
+use self::ring::Ring;
+pub(crate) use self::ring::{Receipt, Used};
 use self::service::{this_thread, Active, Served};
-use self::split::SplitRing;
 use self::tap::Tap;
 use crate::chain::{Chain, Segment};
 use crate::counters::Counters;
@@ -42,15 +49,20 @@ pub trait Handler: Send + Sync {
 pub struct RingConfig {
     pub size: u16,
     pub desc: u64,
+    /// The avail ring, or the driver event suppression structure of a packed ring.
     pub avail: u64,
+    /// The used ring, or the device event suppression structure of a packed ring.
     pub used: u64,
+    pub packed: bool,
+    pub in_order: bool,
     pub event_idx: bool,
     pub indirect: bool,
     pub notify_on_empty: bool,
+    /// Where to go on; in a packed ring bit 15 is the wrap counter, which is 1 at first.
     pub next_avail: u16,
     pub next_used: u16,
     /// Where to note which requests are in flight. If there are some already they are served first, and `next_avail` is
-    /// derived from them.
+    /// derived from them. A packed ring has no such notes.
     pub inflight: Option<InflightRegion>,
 }
 
@@ -135,20 +147,25 @@ impl VirtQueue {
     /// Take a ring into use. Nothing is served yet: attach, or call `service`.
     pub fn start(&self, memory: GuestMemory, config: &RingConfig, handler: Arc<dyn Handler>) -> Result<(), GuestError> {
         let named = |error| GuestError(format!("{}: {error}", self.name));
-        let size = config.size;
-        if !size.is_power_of_two() || size > self.max_size {
-            return Err(named(GuestError(format!("{size} entries (a power of two up to {})", self.max_size))));
-        }
-        let ring = SplitRing::new(memory, config).map_err(named)?;
+        self.check_size(config).map_err(named)?;
+        let ring = Ring::new(memory, config).map_err(named)?;
         let mut active = self.active();
         if active.is_some() {
             return Err(named(GuestError("the queue is started already".into())));
         }
-        *active = Some(Active::new(ring, handler, self.new_tapped()));
+        *active = Some(Active::new(ring, config.in_order, handler, self.new_tapped()));
         Ok(())
     }
 
-    /// Wait for a running handler, forget the ring and return its next avail and used indexes.
+    fn check_size(&self, &RingConfig { size, packed, .. }: &RingConfig) -> Result<(), GuestError> {
+        let (most, kind) = (self.max_size, if packed { "1 or more" } else { "a power of two" });
+        if size == 0 || size > most || (!packed && !size.is_power_of_two()) {
+            return Err(GuestError(format!("{size} entries ({kind} up to {most})")));
+        }
+        Ok(())
+    }
+
+    /// Wait for a running handler, forget the ring and return its position: the next avail and used indexes.
     ///
     /// Called by the handler itself it does not wait, and the service ends when the handler returns.
     pub fn stop(&self) -> (u16, u16) {
@@ -215,11 +232,11 @@ impl VirtQueue {
         if self.doorbell.entry.is_awaited() {
             return Ok(None);
         }
-        let Some((head, segments)) = active.take(inside)? else {
+        let Some((receipt, segments)) = active.take(inside)? else {
             return Ok(None);
         };
         self.counters.chains.add(1);
-        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), head, segments, *epoch, self.run())))
+        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), receipt, segments, *epoch, self.run())))
     }
 
     fn fail(&self, error: &GuestError) {
@@ -246,18 +263,14 @@ impl VirtQueue {
 
     /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
     /// The caller holds the state's epoch, or a stop could come in between; without it `pass_late` follows.
-    pub(crate) fn put(&self, head: u16, length: u32, memory: &GuestMemory, writable: &[Segment]) {
+    pub(crate) fn put(&self, used: Used, memory: &GuestMemory, writable: &[Segment]) {
         if let Some(active) = self.active().as_mut() {
             if let Some(log) = &active.log {
                 log.mark_written(memory, writable);
             }
-            if let Some(tapped) = &mut active.tapped {
-                tapped.put(head, length, self.run());
-                return;
-            }
-            active.in_flight = active.in_flight.saturating_sub(1);
-            if !self.state.is_broken() {
-                active.ring.put(head, length);
+            match &mut active.tapped {
+                Some(tapped) => tapped.put(used, self.run()),
+                None => active.put(used, self.state.is_broken()),
             }
         }
         if !self.is_server() {

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use super::doorbell::{Pass, Serve};
-use super::split::SplitRing;
+use super::ring::{Order, Receipt, Ring, Used};
 use super::tap::Tapped;
 use super::{Handler, VirtQueue};
 use crate::chain::Segments;
@@ -16,8 +16,11 @@ const BUDGET: u32 = 256;
 
 /// What a queue has while it is started.
 pub(super) struct Active {
-    pub ring: SplitRing,
+    pub ring: Ring,
+    /// Chains that the driver has not got back.
     pub in_flight: u16,
+    /// With IN_ORDER: what was completed too early is held back.
+    order: Option<Order>,
     pub tapped: Option<Tapped>,
     /// Where to mark what is written to guest memory.
     pub log: Option<QueueLog>,
@@ -28,28 +31,52 @@ pub(super) struct Active {
 }
 
 impl Active {
-    pub fn new(ring: SplitRing, handler: Arc<dyn Handler>, tapped: Option<Tapped>) -> Self {
-        Self { ring, handler, tapped, in_flight: 0, log: None, budget: BUDGET, taken: 0 }
+    pub fn new(ring: Ring, in_order: bool, handler: Arc<dyn Handler>, tapped: Option<Tapped>) -> Self {
+        let order = in_order.then(Order::default);
+        Self { ring, handler, order, tapped, in_flight: 0, log: None, budget: BUDGET, taken: 0 }
     }
 
-    /// The next chain's head and segments. `inside`: taken by the handler while it is being called.
-    pub fn take(&mut self, inside: bool) -> Result<Option<(u16, Segments)>, GuestError> {
+    /// The next chain's receipt and segments. `inside`: taken by the handler while it is being called.
+    pub fn take(&mut self, inside: bool) -> Result<Option<(Receipt, Segments)>, GuestError> {
         if inside && self.budget == 0 {
             return Ok(None);
         }
         let size = self.ring.size();
-        let Some(taken) = self.ring.take(inside)? else {
+        let Some((mut receipt, segments)) = self.ring.take(inside)? else {
             return Ok(None);
         };
         if self.in_flight == size {
             return Err(GuestError(format!("more chains in flight than the queue has entries ({size})")));
         }
         self.in_flight += 1;
+        if let Some(order) = &mut self.order {
+            receipt.ticket = order.take();
+        }
         if inside {
             self.budget -= 1;
             self.taken += 1;
         }
-        Ok(Some(taken))
+        Ok(Some((receipt, segments)))
+    }
+
+    /// A chain was completed: into the ring with it, if it is its turn and the device is not `broken`.
+    pub fn put(&mut self, used: Used, broken: bool) {
+        let Some(mut order) = self.order.take() else {
+            self.give_back(used, broken);
+            return;
+        };
+        order.put(used);
+        while let Some(used) = order.next() {
+            self.give_back(used, broken);
+        }
+        self.order = Some(order);
+    }
+
+    fn give_back(&mut self, used: Used, broken: bool) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if !broken {
+            self.ring.put(used);
+        }
     }
 
     /// Ask for kicks again; true if something came meanwhile.

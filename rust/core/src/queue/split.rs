@@ -2,18 +2,15 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use super::desc::{check_areas, Desc, Table, DESC_SIZE, INDIRECT, NEXT};
 use super::inflight::Inflight;
 use super::notify::{Cells, Indexes, Jump};
+use super::ring::{Receipt, Used};
 use super::RingConfig;
 use crate::chain::Segments;
 use crate::dirty_log::Range;
 use crate::memory::GuestMemory;
 use crate::GuestError;
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-const DESC_SIZE: u64 = 16;
 
 /// The three areas of a ring. The pointers stay valid because `memory` keeps the mapping.
 struct Areas {
@@ -35,7 +32,11 @@ impl Areas {
     fn new(memory: GuestMemory, size: u16, at: [u64; 3]) -> Result<Self, GuestError> {
         let bytes = u64::from(size);
         let (desc, avail, used) = ((at[0], bytes * DESC_SIZE), (at[1], 6 + 2 * bytes), (at[2], 6 + 8 * bytes));
-        check_areas([("descriptor table", desc, 16), ("avail ring", avail, 2), ("used ring", used, 4)])?;
+        check_areas([
+            ("descriptor table", desc.0, desc.1, 16),
+            ("avail ring", avail.0, avail.1, 2),
+            ("used ring", used.0, used.1, 4),
+        ])?;
         let areas = Self {
             desc: memory.host(desc.0, desc.1)?.cast(),
             avail: memory.host(avail.0, avail.1)?.cast(),
@@ -91,20 +92,6 @@ impl Cells for Areas {
 
     fn set_used_idx(&self, index: u16) {
         self.used16(1).store(index.to_le(), Ordering::Release);
-    }
-}
-
-/// One descriptor, as it was when it was read.
-struct Desc {
-    address: u64,
-    length: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Desc {
-    fn new(address: u64, rest: u64) -> Self {
-        Self { address, length: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 }
 
@@ -180,8 +167,8 @@ impl SplitRing {
         GuestError(format!("the avail index is {ahead} entries ahead (the queue has {})", self.size()))
     }
 
-    /// Take the next chain: its head and its checked segments.
-    pub fn take(&mut self, inside: bool) -> Result<Option<(u16, Segments)>, GuestError> {
+    /// Take the next chain: how to give it back, and its checked segments.
+    pub fn take(&mut self, inside: bool) -> Result<Option<(Receipt, Segments)>, GuestError> {
         let Some(head) = self.next_head(inside)? else {
             return Ok(None);
         };
@@ -189,7 +176,7 @@ impl SplitRing {
         if let Some(inflight) = &mut self.inflight {
             inflight.take(head);
         }
-        Ok(Some((head, segments)))
+        Ok(Some((Receipt { id: head, descs: 1, ticket: 0 }, segments)))
     }
 
     /// What is to be done again comes first.
@@ -221,7 +208,7 @@ impl SplitRing {
             if desc.flags & NEXT == 0 {
                 return Ok(segments);
             }
-            index = desc.next;
+            index = desc.link;
         }
         Err(GuestError(format!("the chain is longer than the queue ({} entries)", self.size())))
     }
@@ -239,91 +226,41 @@ impl SplitRing {
             ]
         };
         let [address, rest] = words.map(|word| u64::from_le(word.load(Ordering::Relaxed)));
-        Ok(Desc::new(address, rest))
+        Ok(Desc::split(address, rest))
     }
 
     fn push(&self, segments: &mut Segments, desc: &Desc, index: u16) -> Result<(), GuestError> {
-        segments
-            .push(self.memory(), desc.address, desc.length, desc.flags & WRITE != 0)
-            .map_err(|error| GuestError(format!("descriptor {index}: {error}")))
+        desc.push(self.memory(), segments).map_err(|error| GuestError(format!("descriptor {index}: {error}")))
     }
 
-    fn walk_table(&self, table: &Desc, at: u16, segments: &mut Segments) -> Result<(), GuestError> {
-        let entries = self.table_entries(table).map_err(|error| GuestError(format!("descriptor {at}: {error}")))?;
+    fn walk_table(&self, desc: &Desc, at: u16, segments: &mut Segments) -> Result<(), GuestError> {
+        let table = Table::new(self.memory(), desc, self.size(), self.indirect)
+            .map_err(|error| GuestError(format!("descriptor {at}: {error}")))?;
         let mut index = 0;
-        for _ in 0..entries {
-            let desc = self.table_desc(table.address, index, entries)?;
-            if desc.flags & INDIRECT != 0 {
-                return Err(GuestError(format!("indirect descriptor {index}: a table inside a table")));
+        for _ in 0..table.entries {
+            if index >= table.entries {
+                return Err(GuestError(format!("indirect next {index} is past its table ({} entries)", table.entries)));
             }
+            let desc = table.desc(self.memory(), index, Desc::split)?;
             self.push(segments, &desc, index)?;
             if desc.flags & NEXT == 0 {
                 return Ok(());
             }
-            index = desc.next;
+            index = desc.link;
         }
-        Err(GuestError(format!("the indirect chain is longer than its table ({entries} entries)")))
-    }
-
-    fn table_entries(&self, table: &Desc) -> Result<u16, GuestError> {
-        let Desc { length, flags, .. } = *table;
-        if !self.indirect {
-            return Err(GuestError("an indirect table without VIRTIO_F_INDIRECT_DESC".into()));
-        }
-        if flags & NEXT != 0 {
-            return Err(GuestError("an indirect table with a next descriptor".into()));
-        }
-        if length == 0 || u64::from(length) % DESC_SIZE != 0 {
-            return Err(GuestError(format!("an indirect table of {length} bytes (a multiple of 16)")));
-        }
-        let entries = u64::from(length) / DESC_SIZE;
-        if entries > u64::from(self.size()) {
-            return Err(GuestError(format!("an indirect table of {entries} entries (at most {})", self.size())));
-        }
-        self.memory().check(table.address, u64::from(length))?;
-        Ok(entries as u16)
-    }
-
-    fn table_desc(&self, table: u64, index: u16, entries: u16) -> Result<Desc, GuestError> {
-        if index >= entries {
-            return Err(GuestError(format!("indirect next {index} is past its table ({entries} entries)")));
-        }
-        let mut bytes = [0u8; DESC_SIZE as usize];
-        self.memory().read(table + u64::from(index) * DESC_SIZE, &mut bytes)?;
-        let both = u128::from_le_bytes(bytes);
-        Ok(Desc::new(both as u64, (both >> 64) as u64))
+        Err(GuestError(format!("the indirect chain is longer than its table ({} entries)", table.entries)))
     }
 
     /// Write a used entry; `publish` makes it known.
-    pub fn put(&mut self, head: u16, length: u32) {
+    pub fn put(&mut self, used: Used) {
         let entry = 1 + 2 * self.indexes.cells.entry(self.indexes.next_used);
         // SAFETY: `new` checked one word and `size` entries of two words, and `entry` masks by the size.
         let words = unsafe { [&*self.indexes.cells.used.add(entry), &*self.indexes.cells.used.add(entry + 1)] };
-        words[0].store(u32::from(head).to_le(), Ordering::Relaxed);
-        words[1].store(length.to_le(), Ordering::Relaxed);
+        words[0].store(u32::from(used.receipt.id).to_le(), Ordering::Relaxed);
+        words[1].store(used.length.to_le(), Ordering::Relaxed);
         self.indexes.next_used = self.indexes.next_used.wrapping_add(1);
         if let Some(inflight) = &mut self.inflight {
-            inflight.put(head);
+            inflight.put(used.receipt.id);
         }
     }
-}
-
-type Area = (&'static str, (u64, u64), u64);
-
-fn check_areas(areas: [Area; 3]) -> Result<(), GuestError> {
-    for (name, (address, length), alignment) in areas {
-        if address % alignment != 0 {
-            return Err(GuestError(format!("the {name} at {address:#x} is not a multiple of {alignment}")));
-        }
-        if address.checked_add(length).is_none() {
-            return Err(GuestError(format!("the {name} at {address:#x} passes the end of the address space")));
-        }
-    }
-    for (one, two) in [(0, 1), (0, 2), (1, 2)] {
-        let ((a, (a0, alen), _), (b, (b0, blen), _)) = (areas[one], areas[two]);
-        if a0 < b0 + blen && b0 < a0 + alen {
-            return Err(GuestError(format!("the {a} at {a0:#x} and the {b} at {b0:#x} overlap")));
-        }
-    }
-    Ok(())
 }

@@ -3,22 +3,30 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use super::ring::Used;
 use super::VirtQueue;
 
 /// A chain that its handler completed and that the driver has not got back.
 #[derive(Debug, Clone, Copy)]
 pub struct Completed {
-    pub head: u16,
-    /// The used length that the driver is told.
-    pub length: u32,
+    used: Used,
     run: u64,
 }
 
 impl Completed {
+    pub fn head(&self) -> u16 {
+        self.used.receipt.id
+    }
+
+    /// The used length that the driver is told.
+    pub fn length(&self) -> u32 {
+        self.used.length
+    }
+
     /// The same chain with another used length.
     #[must_use]
     pub fn resized(self, length: u32) -> Self {
-        Self { length, ..self }
+        Self { used: Used { length, whole: false, ..self.used }, ..self }
     }
 }
 
@@ -39,8 +47,8 @@ impl Tapped {
         Self { tap, batch: Vec::new() }
     }
 
-    pub fn put(&mut self, head: u16, length: u32, run: u64) {
-        self.batch.push(Completed { head, length, run });
+    pub fn put(&mut self, used: Used, run: u64) {
+        self.batch.push(Completed { used, run });
     }
 }
 
@@ -100,10 +108,7 @@ impl VirtQueue {
             let mut active = self.active();
             let Some(active) = active.as_mut() else { return };
             for chain in chains.iter().filter(|chain| chain.run == run) {
-                active.in_flight = active.in_flight.saturating_sub(1);
-                if !self.state.is_broken() {
-                    active.ring.put(chain.head, chain.length);
-                }
+                active.put(chain.used, self.state.is_broken());
             }
             active.publish()
         };
