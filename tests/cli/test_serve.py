@@ -1,14 +1,20 @@
 """`pyvirtio serve`: what it refuses, what it prints, and how its process begins and ends."""
 
 import json
+import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from serving import Start, programs
 
+from pyvirtio.cli.front_ends import QEMU_NAMESPACE
 from pyvirtio.cli.main import main
 from pyvirtio.serve.wire import Request
 from pyvirtio.testing.blk import Disk
@@ -33,6 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "disk.img").write_bytes(bytes(range(256)) * 4 * 1024)
     (tmp_path / "dice.py").write_text(DICE)
     (tmp_path / "a-file").write_text("")
+    (tmp_path / "other.qcow2").write_bytes(b"QFI\xfb".ljust(512, b"\0"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,6 +56,11 @@ REFUSED = {
     "rng,colour=red --socket-path s": "rng0: unknown property 'colour'",
     "blk --socket-path s": "blk0: drive is required",
     "blk --blk-file nowhere.img --socket-path s": "nowhere.img: No such file or directory",
+    "blk --blk-file other.qcow2 --socket-path s": "other.qcow2: a qcow2 image, and only raw ones are served",
+    "blk --blk-file . --socket-path s": ".: a directory, not a disk image",
+    "rng --socket-path s --iothreads 0": "argument --iothreads: '0' is not allowed: 1 to 256",
+    "rng --socket-path s --poll-max-ns often": "poll-max-ns=often is not allowed",
+    "rng --socket-path s --sandbox maybe": "argument --sandbox: invalid choice: 'maybe'",
     "blk --blk-file a-file --socket-path s": "a-file: 0 bytes; an image is at least one sector",
     "blk --blk-file disk.img --num-queues 9999 --socket-path s": "num-queues=9999 is not allowed",
     "blk --blk-file disk.img --num-queues 257 --socket-path s": "Blk has 257 queues, at most 256 are allowed",
@@ -82,6 +94,67 @@ def test_the_front_ends_side_is_printed(here: Path, capsys: pytest.CaptureFixtur
     assert "share=on" in shown
     assert "-chardev socket,id=blk0,path=s," in shown
     assert "-device vhost-user-blk-pci,num-queues=2,chardev=blk0" in shown
+
+
+def test_the_domain_of_libvirt_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = "blk,drive=d,num-queues=2,socket-path=a&b"
+    line = f"--drive file=disk.img,id=d --device {disk} --device rng,socket-path=r --print-libvirt-xml"
+    assert main(["serve", *line.split()]) == 0
+    domain = ElementTree.fromstring(f"<domain>{capsys.readouterr().out}</domain>")
+    assert domain.find("memoryBacking/access[@mode='shared']") is not None
+    (source,) = domain.findall("devices/disk[@type='vhostuser']/source")
+    assert source.get("path") == "a&b"
+    arguments = [str(argument.get("value")) for argument in domain.iter(f"{{{QEMU_NAMESPACE}}}arg")]
+    assert arguments == ["-chardev", "socket,id=rng0,path=r,reconnect=1", "-device", "vhost-user-rng-pci,chardev=rng0"]
+
+
+def test_an_image_that_only_looks_like_another_format_is_served_if_told(start: Start, here: Path) -> None:
+    start("--drive", "file=other.qcow2,id=d,format=raw", "--device", "blk,drive=d,socket-path=s")
+    with FrontEnd(here / "s") as vm:
+        assert Disk(vm.start()).read(0, 512).startswith(b"QFI\xfb")
+
+
+def test_an_idle_server_is_small(start: Start, here: Path) -> None:
+    process = start("blk", "--blk-file", "disk.img", "--num-queues", "4", "--socket-path", "s")
+    with FrontEnd(here / "s", memory=MIB) as vm:
+        vm.start(["requestq0", "requestq1"])
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    assert int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) <= 35 * 1024
+
+
+def test_shared_io_threads(start: Start, here: Path) -> None:
+    """Two more threads for each device: one that listens, and one for each front-end."""
+    devices = [option for path in "abcd" for option in ("--device", f"rng,socket-path={path}")]
+    alone, shared = (
+        start(*devices),
+        start(*(option.replace("path=", "path=x") for option in devices), "--iothreads", "2"),
+    )
+    threads = [len(os.listdir(f"/proc/{process.pid}/task")) for process in (alone, shared)]
+    assert threads[0] - threads[1] == 2
+
+
+PASS = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')"
+PASS += "; os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+
+
+def test_sockets_that_systemd_passes(here: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here / "s"))
+        listener.listen()
+        command = [sys.executable, "-c", PASS, str(listener.fileno()), "-m", "pyvirtio", "serve", "dice.py:Dice"]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno(), 3], cwd=here)
+        assert throw(here / "s") == b"\6"
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_more_sockets_than_devices(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    assert main(["serve", "rng"]) == 2
+    assert "systemd passes 1 sockets more than there are devices without one" in capsys.readouterr().err
 
 
 @pytest.fixture

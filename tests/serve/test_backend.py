@@ -2,19 +2,26 @@
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from ctypes import LittleEndianStructure, c_uint32
+from pathlib import Path
 
 import pytest
 from serving import Serve, count_up
 
 from pyvirtio import Chain, Device, VirtQueue, queue
 from pyvirtio._core import GuestMemory
+from pyvirtio.backends.block import BlockBackend
+from pyvirtio.dataplane import IoThread
+from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.serve import wire
+from pyvirtio.serve.server import Server, listen
 from pyvirtio.serve.wire import Request
 from pyvirtio.spec import Status
+from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.queue import HANG
 from pyvirtio.testing.ring import WRITE, Desc
 from pyvirtio.testing.vhost_user import MIB, USER, FrontEnd
@@ -182,6 +189,33 @@ def test_a_device_that_raises_breaks_and_the_session_goes_on(serve: Serve) -> No
         assert vm.tell(Request.SET_CONFIG, wire.CONFIG.pack(0, 4, 0) + b"boom")
         vm.wait_broken()
         assert vm.get(Request.GET_QUEUE_NUM) == 1
+
+
+class Whose(BlockBackend):
+    """Fills a request with the number of the thread that serves it."""
+
+    capacity = MIB
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def pread(self, length: int, offset: int) -> bytes:
+        thread = threading.get_ident()
+        if thread not in self.threads:
+            self.threads.append(thread)
+        return bytes([self.threads.index(thread)]) * length
+
+
+def test_the_queues_of_a_disk_are_dealt_out_to_the_io_threads(tmp_path: Path) -> None:
+    iothreads = [IoThread(f"test{n}") for n in range(3)]
+    with (
+        Server(Blk(Whose(), num_queues=6), "served", listen(tmp_path / "s"), iothreads),
+        FrontEnd(tmp_path / "s") as vm,
+    ):
+        disk = Disk(vm.start([f"requestq{n}" for n in range(6)]))
+        assert b"".join(disk.read(0, 512, queue=n)[:1] for n in range(6)) == bytes([0, 1, 2, 0, 1, 2])
+    for iothread in iothreads:
+        iothread.close()
 
 
 def test_a_second_front_end_is_turned_away(serve: Serve) -> None:

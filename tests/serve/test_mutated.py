@@ -133,7 +133,7 @@ def talk(received: list[int]) -> int:
             memory = resident()
         ours, theirs = socket.socketpair()
         sender.send(theirs)
-        session = Session(device, ours, iothread)
+        session = Session(device, ours, [iothread])
         session.run()
         session.close()
         theirs.close()

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
+from pyvirtio.backends.formats import foreign_format
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, bind_each, properties_of, show_size, unknown
+from pyvirtio.spec import SECTOR
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.transports.pci_config import Bar, BarKind
 from pyvirtio.vmm.board import Board
@@ -81,8 +83,8 @@ def open_drives(texts: list[str], on_close: Callable[[Callable[[], object]], obj
 def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
     name = take_id(options, drives, "--drive", otherwise=f"drive{len(drives)}")
     path = take(options, "file", name)
-    image_format = options.pop("format", "raw")
-    if image_format != "raw":
+    image_format = options.pop("format", None)
+    if image_format not in (None, "raw"):
         raise ConfigError(f"{name}: format={image_format} is not supported: raw")
     interface = options.pop("if", "virtio")
     if interface not in ("virtio", "none"):
@@ -92,7 +94,11 @@ def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
         raise ConfigError(f"{name}: readonly={readonly} is not allowed: on or off")
     if options:
         raise ConfigError(unknown(name, "property", next(iter(options)), ["file", "id", "format", "readonly", "if"]))
-    return Drive(name, File(Path(path), readonly=readonly == "on"), on_its_own=interface == "virtio")
+    backend = File(Path(path), readonly=readonly == "on")
+    if image_format is None and (foreign := foreign_format(backend.pread(SECTOR, 0))):
+        backend.close()
+        raise ConfigError(f"{path}: a {foreign} image, and only raw ones are served; --drive ...,format=raw insists")
+    return Drive(name, backend, on_its_own=interface == "virtio")
 
 
 def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str]) -> None:

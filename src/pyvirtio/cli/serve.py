@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import select
 import signal
@@ -9,32 +10,40 @@ import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyvirtio.backends.block import BlockBackend
 from pyvirtio.cli.devices import device_class
+from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
 from pyvirtio.cli.plug import Drive, make, next_name, open_drives
-from pyvirtio.dataplane import IoThread
+from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, properties_of
+from pyvirtio.serve import sandbox
+from pyvirtio.serve.backend import MAX_VRINGS
 from pyvirtio.serve.server import Server, inherited, listen
-from pyvirtio.spec import DeviceId
 
 ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BLK_FILE = "blk-file"
 """The id of the drive that --blk-file opens."""
 NAMES = {short: short for short in DEVICES}
-TYPES = {DeviceId.NET: "net", DeviceId.BLOCK: "block", DeviceId.CONSOLE: "console", DeviceId.ENTROPY: "rng"}
-"""What QEMU's vhost-user.json calls the device types."""
-FRONT_ENDS = {DeviceId.BLOCK: "vhost-user-blk-pci", DeviceId.ENTROPY: "vhost-user-rng-pci"}
-QUEUES = {DeviceId.BLOCK: "num-queues"}
-"""The property of QEMU's front-end that must not be more than the device has queues."""
+FIRST_FD = 3
+"""Where systemd puts the sockets that it passes (sd_listen_fds)."""
 
+MAX_IOTHREADS = 256
+IOTHREADS_HELP = """\
+N I/O threads for all devices, to which the queues of a disk are dealt out; otherwise each device has one of its own"""
+SANDBOX_HELP = """\
+give up, once all is open, what serving does not need: files, programs, connections. The default is on, but off for a
+class of your own, which may need them"""
 DEVICE_HELP = """\
 a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `NAME,help` lists its properties"""
 DRIVE_HELP = "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off]"
+
+log = logging.getLogger("pyvirtio")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-only", action="store_true", help="with --blk-file: the guest may not write")
     parser.add_argument("--device", action="append", default=[], metavar="NAME,OPTIONS", help=DEVICE_HELP)
     parser.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help=DRIVE_HELP)
+    parser.add_argument("--iothreads", type=_count, metavar="N", help=IOTHREADS_HELP)
+    parser.add_argument("--poll-max-ns", metavar="NS", help="longest busy wait of an I/O thread; 0 = none")
+    parser.add_argument("--sandbox", choices=("on", "off"), help=SANDBOX_HELP)
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
     parser.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
+    parser.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_IOTHREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: 1 to {MAX_IOTHREADS}")
+    return int(text)
 
 
 @dataclass
@@ -74,20 +93,14 @@ def main(args: argparse.Namespace) -> int:
             print_properties(driver, properties_of(device_class(driver, NAMES)))
             return 0
     if args.print_capabilities:
-        print(json.dumps(_capabilities(device_class(parse(texts[0], implied="driver")["driver"], NAMES)), indent=2))
+        print(json.dumps(capabilities(device_class(parse(texts[0], implied="driver")["driver"], NAMES)), indent=2))
         return 0
     return _serve(_orders(args), args)
 
 
-def _capabilities(cls: type[Device]) -> dict[str, object]:
-    if cls.id not in TYPES:
-        raise ConfigError(f"{cls.__name__}: QEMU has no name for a vhost-user program of device type {cls.id}")
-    features = ["read-only", "blk-file"] if cls.id == DeviceId.BLOCK else []
-    return {"type": TYPES[DeviceId(cls.id)], "features": features}
-
-
 def _orders(args: argparse.Namespace) -> list[Order]:
     orders: dict[str, Order] = {}
+    passed = _passed_by_systemd()
     if args.what:
         options = parse(args.what, implied="driver")
         if args.num_queues is not None:
@@ -96,17 +109,28 @@ def _orders(args: argparse.Namespace) -> list[Order]:
             options.setdefault("drive", BLK_FILE)
         if args.socket_path:
             options.setdefault("socket-path", str(args.socket_path))
-        _add(orders, options, args.fd)
+        _add(orders, options, args.fd, passed=passed)
     for text in args.device:
-        _add(orders, parse(text, implied="driver"))
+        _add(orders, parse(text, implied="driver"), passed=passed)
+    if passed:
+        raise ConfigError(f"systemd passes {len(passed)} sockets more than there are devices without one")
     return list(orders.values())
 
 
-def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = None) -> None:
+def _passed_by_systemd() -> list[int]:
+    """The sockets that systemd has opened for this process, in the order of its unit file (sd_listen_fds)."""
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        return []
+    return [FIRST_FD + n for n in range(int(os.environ.pop("LISTEN_FDS", "0")))]
+
+
+def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = None, *, passed: list[int]) -> None:
     driver = take(options, "driver", "--device")
     cls = device_class(driver, NAMES)
     name = take_id(options, orders, driver, otherwise=next_name(cls, orders))
     path = options.pop("socket-path", "")
+    if not path and fd is None and passed:
+        fd = passed.pop(0)
     if bool(path) == (fd is not None):
         raise ConfigError(f"{name}: give its socket, either --socket-path PATH or --fd N")
     orders[name] = Order(name, cls, options, Path(path) if path else None, fd)
@@ -115,17 +139,38 @@ def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = Non
 def _serve(orders: list[Order], args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         drives = open_drives(_drive_texts(args), stack.callback)
-        devices = [(order, _device(order, drives, stack)) for order in orders]
-        if args.print_qemu_args:
-            print(_qemu_args(devices))
+        devices = [_device(order, drives, stack) for order in orders]
+        if args.print_qemu_args or args.print_libvirt_xml:
+            served: list[Served] = [(o.name, o.path, device) for o, device in zip(orders, devices, strict=True)]
+            print(qemu_args(served) if args.print_qemu_args else libvirt_xml(served))
             return 0
+        poll = {} if args.poll_max_ns is None else {"poll_max_ns": args.poll_max_ns}
+        polling = bind(IoThread, poll, "serve", given=("name",))
         end = _End(stack)
-        for order, device in devices:
-            iothread = IoThread(order.name)
-            stack.callback(iothread.close)
-            stack.enter_context(Server(device, order.name, _socket(order, stack), iothread, end.one_less))
-        _notify_systemd()
+        sockets = [_socket(order, stack) for order in orders]
+        systemd = _notify_socket(stack)
+        _enter_sandbox(orders, args.sandbox)
+        shared = [_iothread(f"iothread{n}", polling, stack) for n in range(args.iothreads or 0)]
+        for order, device, sock in zip(orders, devices, sockets, strict=True):
+            iothreads = shared or [_iothread(order.name, polling, stack)]
+            stack.enter_context(Server(device, order.name, sock, iothreads, end.one_less))
+            shared = shared[1:] + shared[:1]  # the next device begins with the next thread
+        if systemd:
+            systemd.sendall(b"READY=1")
         return end.wait(len(orders))
+
+
+def _iothread(name: str, polling: dict[str, Any], stack: ExitStack) -> IoThread:
+    iothread = IoThread(name, **polling)
+    stack.callback(iothread.close)
+    return iothread
+
+
+def _enter_sandbox(orders: list[Order], wanted: str | None) -> None:
+    own = all(order.cls.__module__.startswith("pyvirtio.") for order in orders)
+    if wanted == "on" or (wanted is None and own):
+        for missing in sandbox.enter(order.path for order in orders if order.path):
+            log.warning("sandbox: %s", missing)
 
 
 def _drive_texts(args: argparse.Namespace) -> list[str]:
@@ -140,6 +185,8 @@ def _device(order: Order, drives: dict[str, Drive], stack: ExitStack) -> Device:
     properties = bind(order.cls, order.options, order.name, references)
     device = make(order.cls, properties, order.name, drives)
     stack.callback(device.close)
+    device.name = order.name
+    declared_queues(device, MAX_VRINGS)
     return device
 
 
@@ -190,27 +237,11 @@ class _End:
         return 0
 
 
-def _notify_systemd() -> None:
-    """Tell who started us that the sockets are there (sd_notify)."""
+def _notify_socket(stack: ExitStack) -> socket.socket | None:
+    """Where whoever started us wants to know when the sockets are there (sd_notify). Opened before the sandbox."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.connect("\0" + address[1:] if address.startswith("@") else address)
-            notify.sendall(b"READY=1")
-
-
-def _qemu_args(devices: list[tuple[Order, Device]]) -> str:
-    """The front-end's side. The guest's memory has to be shared with us."""
-    lines = ["-object memory-backend-memfd,id=mem,size=512M,share=on -machine q35,memory-backend=mem -m 512M"]
-    for order, device in devices:
-        queues = len(device.queues)
-        front_end = FRONT_ENDS.get(DeviceId(device.id)) if device.id in set(DeviceId) else None
-        if front_end is None:
-            front_end = f"vhost-user-device-pci,virtio-id={device.id},num_vqs={queues}"
-            front_end += f",config_size={len(device.config_bytes())}"
-        elif device.id in QUEUES:
-            front_end += f",{QUEUES[DeviceId(device.id)]}={queues}"
-        path = str(order.path).replace(",", ",,")
-        lines.append(f"-chardev socket,id={order.name},path={path},reconnect=1")
-        lines.append(f"-device {front_end},chardev={order.name}")
-    return " \\\n    ".join(lines)
+    if not address:
+        return None
+    notify = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    notify.connect("\0" + address[1:] if address.startswith("@") else address)
+    return notify

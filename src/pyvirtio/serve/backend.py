@@ -1,11 +1,11 @@
 """The device's side of a vhost-user session: its vrings, the guest memory, and whether it is active."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvirtio._core import CallFd, DeviceState, DirtyLog, GuestMemory, VirtQueue
 from pyvirtio.dataplane import IoThread, declared_queues, reset_device
-from pyvirtio.device import Device
+from pyvirtio.device import Device, Queue
 from pyvirtio.errors import GuestError, ProtocolError
 from pyvirtio.events import Events
 from pyvirtio.serve.memory import MemoryTable
@@ -31,10 +31,15 @@ def _broken(name: str, errs: dict[int, CallFd]) -> Callable[[str], None]:
     return tell
 
 
+def _spread(queue: Queue, iothreads: Sequence[IoThread]) -> int:
+    """Over how many threads to deal out queues like this one. Methods of a device all run on the first."""
+    return 1 if callable(queue.handler) else len(iothreads)
+
+
 class Backend:
     """Runs the rings of a device that are ready. A change sets what it concerns and settles; one thread does so."""
 
-    def __init__(self, device: Device, iothread: IoThread) -> None:
+    def __init__(self, device: Device, iothreads: Sequence[IoThread]) -> None:
         self.device = device
         self.features = 0
         self.status = 0
@@ -44,9 +49,10 @@ class Backend:
         self.state = DeviceState(device.name, _broken(device.name, self._errs))
         queues = declared_queues(device, MAX_VRINGS)
         self.vrings = [
-            Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothread) for index, q in enumerate(queues)
+            Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothreads[index % _spread(q, iothreads)])
+            for index, q in enumerate(queues)
         ]
-        self.events = Events(device, self.state, iothread.loop)
+        self.events = Events(device, self.state, iothreads[0].loop)
         self._log: GuestMemory | None = None
         self._log_call: CallFd | None = None
         self._activated: int | None = None

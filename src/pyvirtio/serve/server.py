@@ -7,7 +7,7 @@ import select
 import socket
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -68,13 +68,13 @@ class Server:
         device: Device,
         name: str,
         sock: socket.socket,
-        iothread: IoThread,
+        iothreads: Sequence[IoThread],
         on_end: Callable[[], object] = lambda: None,
     ) -> None:
         device.name = name
         declared_queues(device, MAX_VRINGS)
         self.device = device
-        self.iothread = iothread
+        self.iothreads = iothreads
         self.sock = sock
         self.listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         self.on_end = on_end
@@ -154,7 +154,7 @@ class Server:
         return False
 
     def _begin(self, connection: socket.socket) -> None:
-        self._session = Session(self.device, connection, self.iothread)
+        self._session = Session(self.device, connection, self.iothreads)
         self._serving = threading.Thread(
             target=self._serve, args=(self._session,), name=f"{self._thread.name} session", daemon=True
         )

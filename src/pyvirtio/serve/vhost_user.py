@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pyvirtio.dataplane import IoThread
@@ -41,10 +42,10 @@ class Session(Sharing):
     `run` and `close` belong to one thread; `hang_up` makes `run` return, from any thread.
     """
 
-    def __init__(self, device: Device, connection: socket.socket, iothread: IoThread) -> None:
+    def __init__(self, device: Device, connection: socket.socket, iothreads: Sequence[IoThread]) -> None:
         self.device = device
         self.connection = connection
-        self.backend = Backend(device, iothread)
+        self.backend = Backend(device, iothreads)
         self.protocol_features = ProtocolFeature(0)
         self._channel: socket.socket | None = None
         """Where the front-end listens to us."""

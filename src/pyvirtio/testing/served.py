@@ -69,7 +69,7 @@ class VhostUserDriver(FrontEnd):
     ) -> None:
         ours, theirs = socket.socketpair()
         self.guest, self.device = guest, device
-        self.server = Server(device, name, theirs, guest.iothread).start()
+        self.server = Server(device, name, theirs, [guest.iothread]).start()
         super().__init__(ours, memory=guest.memory, heap=guest.heap, name=name)
         self.announcements = Announcements(self.err)
         self.config: Any = Registers(ConfigSpace(self), 0, config_layout(device))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def serve_in_process(device: Device, path: Path) -> Iterator[Server]:
     """Serve `device` at `path` with an I/O thread of its own; closes the device in the end."""
     iothread = IoThread("served", poll_max_ns=0)
     try:
-        with Server(device, "served", listen(path), iothread) as server:
+        with Server(device, "served", listen(path), [iothread]) as server:
             yield server
     finally:
         device.close()

@@ -1,0 +1,89 @@
+"""What to tell the front-end of a served device: QEMU's options, libvirt's XML, and what QEMU calls the program."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
+
+from pyvirtio.device import Device
+from pyvirtio.errors import ConfigError
+from pyvirtio.spec import DeviceId
+
+TYPES = {DeviceId.NET: "net", DeviceId.BLOCK: "block", DeviceId.CONSOLE: "console", DeviceId.ENTROPY: "rng"}
+"""What QEMU's vhost-user.json calls the device types."""
+FRONT_ENDS = {
+    DeviceId.BLOCK: "vhost-user-blk-pci",
+    DeviceId.ENTROPY: "vhost-user-rng-pci",
+}
+MEMORY = "-object memory-backend-memfd,id=mem,size=512M,share=on -machine q35,memory-backend=mem -m 512M"
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+Served = tuple[str, Path | None, Device]
+"""The name of a device, its socket, and the device."""
+
+
+def capabilities(cls: type[Device]) -> dict[str, object]:
+    """What `--print-capabilities` says, by QEMU's conventions for such programs."""
+    if cls.id not in TYPES:
+        raise ConfigError(f"{cls.__name__}: QEMU has no name for a vhost-user program of device type {cls.id}")
+    features = ["read-only", "blk-file"] if cls.id == DeviceId.BLOCK else []
+    return {"type": TYPES[DeviceId(cls.id)], "features": features}
+
+
+def qemu_args(devices: Sequence[Served]) -> str:
+    """The front-end's side. The guest's memory has to be shared with us."""
+    return " \\\n    ".join(
+        [MEMORY, *(f"{option} {value}" for served in devices for option, value in _options(served))]
+    )
+
+
+def _options(served: Served) -> Iterator[tuple[str, str]]:
+    name, socket, device = served
+    path = str(socket).replace(",", ",,")
+    yield "-chardev", f"socket,id={name},path={path},reconnect=1"
+    yield "-device", f"{_front_end(device)},chardev={name}"
+
+
+def _front_end(device: Device) -> str:
+    known = FRONT_ENDS.get(DeviceId(device.id)) if device.id in set(DeviceId) else None
+    queues = len(device.queues)
+    if known is None:
+        size = len(device.config_bytes())
+        return f"vhost-user-device-pci,virtio-id={device.id},num_vqs={queues},config_size={size}"
+    return f"{known},num-queues={queues}" if device.id == DeviceId.BLOCK else known
+
+
+def libvirt_xml(devices: Sequence[Served]) -> str:
+    """The parts of a domain; what libvirt has no element for goes to QEMU as it is."""
+    own = [served for served in devices if served[2].id == DeviceId.BLOCK]
+    others = [served for served in devices if served not in own]
+    lines = ["<memoryBacking>", "  <source type='memfd'/>", "  <access mode='shared'/>", "</memoryBacking>"]
+    if own:
+        disks = [line for index, served in enumerate(own) for line in _disk(served, index)]
+        lines += ["<devices>", *(f"  {line}" for line in disks), "</devices>"]
+    if others:
+        pairs = [text for served in others for pair in _options(served) for text in pair]
+        arguments = [f"  <qemu:arg value={quoteattr(text)}/>" for text in pairs]
+        lines += [f"<qemu:commandline xmlns:qemu='{QEMU_NAMESPACE}'>", *arguments, "</qemu:commandline>"]
+    return "\n".join(lines)
+
+
+def _disk(served: Served, index: int) -> list[str]:
+    name, path, device = served
+    return [
+        "<disk type='vhostuser' device='disk'>",
+        f"  <driver name='qemu' type='raw' queues='{len(device.queues)}'/>",
+        f"  <source type='unix' path={quoteattr(str(path))}><reconnect enabled='yes' timeout='1'/></source>",
+        f"  <target dev='{_disk_name(index)}' bus='virtio'/>",
+        f"  <alias name='ua-{escape(name)}'/>",
+        "</disk>",
+    ]
+
+
+def _disk_name(index: int) -> str:
+    """vda, ..., vdz, vdaa, ..."""
+    letters = ""
+    while index >= 0:
+        index, letter = divmod(index, 26)
+        letters = chr(ord("a") + letter) + letters
+        index -= 1
+    return f"vd{letters}"
