@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "pyvirtio"
 LAYERS = [
     ["_core", "spec", "errors", "properties"],
-    ["device", "backends"],
+    ["device", "backends", "faults"],
     ["devices"],
     ["dataplane", "events", "notifiers"],
     ["transports", "vhost"],

@@ -165,10 +165,27 @@ class Dataplane:
         self._declared = declared_queues(device)
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
         self.queues = [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(self._declared)]
-        self.notifiers = HostNotifiers(name, self.queues, assign_ioeventfd, iothread.poll, ioeventfd=ioeventfd)
+        self.notifiers = HostNotifiers(name, self.queues, self._assign, iothread.poll, ioeventfd=ioeventfd)
         self.events = Events(device, self.state, iothread.loop)
+        self._assign_ioeventfd = assign_ioeventfd
         device.config_changed = self.state.notify_config
         self._active = False
+        device.attach(self)
+
+    @property
+    def loop(self) -> _core.IoThread:
+        return self.iothread.loop
+
+    def renew_handlers(self) -> None:
+        """Serve the queues as the device declares them now."""
+        self._declared = declared_queues(self.device)
+        for vq, q in zip(self.queues, self._declared, strict=True):
+            vq.set_handler(q.handler)
+
+    def _assign(self, vq: VirtQueue) -> Undo:
+        if faults := self.device.active_faults:
+            faults.assigning(vq)
+        return self._assign_ioeventfd(vq)
 
     def start_queue(
         self,

@@ -5,16 +5,20 @@ interrupt, no lock and no transport.
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import BigEndianStructure, LittleEndianStructure, sizeof
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from pyvirtio._core import BlkPlane, VirtQueue
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import check_arguments
+
+if TYPE_CHECKING:
+    from pyvirtio.faults.engine import Faults, Running
 
 Handler = Callable[[VirtQueue], object] | BlkPlane
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -164,7 +168,10 @@ class Device:
     """The configuration space: an instance of the layout, or None."""
     config_generation: int
     config_changed: Callable[[], object]
+    active_faults: "Faults | None" = None
+    """`faults`, once it has been asked for; None costs nothing."""
     _config_lock: Lock
+    _runs_on: "Callable[[], Running | None]" = staticmethod(lambda: None)
 
     def __init_subclass__(
         cls, *, id: int | None = None, config: type[LittleEndianStructure] | None = None, **rest: Any
@@ -191,6 +198,28 @@ class Device:
         """The virtqueues, in the order in which the class and its bases declare them."""
         declared = _marked(type(self), "_queue")
         return [q for name, d in declared.items() for q in d.of(self, name, getattr(self, name))]
+
+    @property
+    def faults(self) -> "Faults":
+        """What goes wrong on purpose, switchable at any time, also before it is plugged: see `pyvirtio.faults`."""
+        if self.active_faults is None:
+            from pyvirtio.faults.engine import Faults
+
+            self.active_faults = Faults()
+            if running := self._runs_on():
+                self.active_faults.attach(running)
+        return self.active_faults
+
+    def attach(self, running: "Running") -> None:
+        """Its transport says where the device runs from now on; `detach` follows."""
+        self._runs_on = weakref.ref(running)
+        if self.active_faults is not None:
+            self.active_faults.attach(running)
+
+    def detach(self) -> None:
+        self._runs_on = lambda: None
+        if self.active_faults is not None:
+            self.active_faults.detach()
 
     @contextmanager
     def update_config(self) -> Iterator[Any]:

@@ -66,6 +66,10 @@ REFUSED = {
     "--object memory-backend-file,id=m": "unknown type 'memory-backend-file' (known: iothread)",
     "--object iothread": "--object iothread: id= is required",
     "--object iothread,id=io0,poll-max-ns=never": "io0: poll-max-ns=never is not allowed: an integer",
+    "--device virtio-rng-pci --fault rng0": "fault rng0: write DEVICE:FAULT[=VALUE][@CHANCE],...",
+    "--device virtio-rng-pci --fault rng1:lost": "fault rng1:lost: unknown device 'rng1', did you mean rng0?",
+    "--device virtio-rng-pci --fault rng0:lost=3": "lost=3: lost takes no value",
+    "--device virtio-rng-pci --fault rng0:torn": "rng0: Rng has no disk that could go wrong",
     "-m lots": "argument -m/--memory: lots is not a size such as 512M or 2G",
     "-m 1M": "memory of 1 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
     "-m 20M": "memory of 20 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
@@ -202,3 +206,18 @@ def test_device_help_lists_the_devices(capsys: pytest.CaptureFixture[str]) -> No
 def test_help_lists_the_properties(option: str, text: str, known: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", option, text]) == 0
     assert known in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_faults_are_switched_on_and_logged_with_their_seed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert dry_run("--drive file=disk.img --fault blk0:late=5ms@1%,seed=3 --fault blk0:flip") == 0
+    assert "blk0: faults: late=5ms@1%,flip,seed=3" in caplog.text
+
+
+def test_faults_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--fault", "help"]) == 0
+    shown = capsys.readouterr().out
+    assert "lost-interrupt" in shown
+    assert "A used entry never comes." in shown

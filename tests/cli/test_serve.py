@@ -193,6 +193,16 @@ def test_a_read_only_image_is_not_written(start: Start, here: Path) -> None:
             disk.write(0, bytes(512))
 
 
+def test_faults_of_a_served_disk_outlive_its_front_end(start: Start, here: Path) -> None:
+    start("blk", "--blk-file", "disk.img", "--socket-path", "s", "--fault", "blk0:error=8-15,late=1ms")
+    for _ in range(2):
+        with FrontEnd(here / "s") as vm:
+            disk = Disk(vm.start())
+            assert disk.read(7, 512) == bytes(range(256)) * 2
+            with pytest.raises(OSError, match="IOERR"):
+                disk.read(8, 512)
+
+
 def test_a_stale_socket_is_replaced_and_one_in_use_is_not(
     start: Start, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,10 +90,10 @@ def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Paper
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("nonsense", "unknown command 'nonsense'; known are: info, set, snapshot, stop, cont, help, quit"),
-        ("quit now", "unknown command 'quit'; known are: info, set, snapshot, stop, cont, help, quit"),
-        ("info", "info: known are: devices, queues"),
-        ("info weather", "info: known are: devices, queues"),
+        ("nonsense", "unknown command 'nonsense'; known are: info, set, fault, snapshot, stop, cont, help, quit"),
+        ("quit now", "unknown command 'quit'; known are: info, set, fault, snapshot, stop, cont, help, quit"),
+        ("info", "info: known are: devices, queues, faults"),
+        ("info weather", "info: known are: devices, queues, faults"),
         ("set", "set: write for example: set blk0.ioeventfd off"),
         ("set blk9.ioeventfd off", "set blk9.ioeventfd: no such device or I/O thread; there are: " + THINGS),
         ("set ioeventfd off", "set ioeventfd: no such device or I/O thread; there are: " + THINGS),
@@ -119,3 +119,29 @@ def test_help_and_nothing(monitor: Monitor) -> None:
 
 def test_columns_line_up() -> None:
     assert format_table([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d\n"
+
+
+def test_faults_are_switched_while_the_machine_runs(monitor: Monitor, board: Paper) -> None:
+    assert monitor.execute("fault blk0:late=5ms@1%,lost@0.1%,seed=7") == ""
+    assert table(monitor.execute("info faults")) == [
+        ["device", "fault", "times", "seed"],
+        ["blk0", "late=5ms@1%", "0", "7"],
+        ["blk0", "lost@0.1%", "0", "7"],
+    ]
+    assert monitor.execute("fault blk0:off") == ""
+    assert table(monitor.execute("info faults")) == [["device", "fault", "times", "seed"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fault blk0:latte", "fault: unknown fault 'latte', did you mean late?"),
+        ("fault disk:late", "fault disk:late: unknown device 'disk' (known: blk0, rng0)"),
+        ("fault rng0:flip", "rng0: Rng has no disk that could go wrong"),
+        ("fault", "fault: write for example: fault blk0:late=5ms@1%"),
+    ],
+)
+def test_a_mistake_about_faults_is_one_line(monitor: Monitor, line: str, message: str) -> None:
+    answer = monitor.execute(line)
+    assert answer.startswith(message)
+    assert answer.count("\n") == 1

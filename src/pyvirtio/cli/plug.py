@@ -10,6 +10,7 @@ from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
 from pyvirtio.backends.formats import foreign_format
+from pyvirtio.cli import faults
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.dataplane import IoThread
@@ -60,6 +61,7 @@ def plug(board: Board, args: argparse.Namespace) -> None:
     for drive in drives.values():
         if drive.used_by is None and drive.on_its_own:
             _add_device(board, drives, {"driver": DISK, "drive": drive.id})
+    faults.switch_on({function.name: function.device for function in board.devices}, args)
 
 
 def _add_iothread(board: Board, options: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pyvirtio.accel.host import linux_capable
-from pyvirtio.cli import plug
+from pyvirtio.cli import faults, plug
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import parse_size
 from pyvirtio.vmm.board import Board, allocate
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restore", type=Path, metavar="FILE",
         help="go on from a snapshot (monitor: `snapshot FILE`) of a machine with the same options, in place of booting",
     )  # fmt: skip
+    faults.add_argument(run)
     run.add_argument("--no-reboot", action="store_true", help="end when the guest resets itself")
     run.add_argument("--dry-run", action="store_true", help="show what would be built, and end")
     run.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
@@ -90,7 +91,7 @@ def _serial(text: str) -> str:
 
 def main(args: argparse.Namespace) -> int:
     _fill_standard_fds()
-    if plug.show_help(args):
+    if plug.show_help(args) or faults.show_help(args):
         return 0
     boot = _read_boot(args)
     check_cpus(args.smp)

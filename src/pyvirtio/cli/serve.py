@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend
+from pyvirtio.cli import faults
 from pyvirtio.cli.devices import device_class
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iothreads", type=_count, metavar="N", help=IOTHREADS_HELP)
     parser.add_argument("--poll-max-ns", metavar="NS", help="longest busy wait of an I/O thread; 0 = none")
     parser.add_argument("--sandbox", choices=("on", "off"), help=SANDBOX_HELP)
+    faults.add_argument(parser)
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
     parser.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
     parser.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
@@ -84,6 +86,8 @@ class Order:
 
 def main(args: argparse.Namespace) -> int:
     texts = [*([args.what] if args.what else []), *args.device]
+    if faults.show_help(args):
+        return 0
     if not texts:
         raise ConfigError("serve: name a device, such as `blk` or `rng`")
     for text in texts:
@@ -146,6 +150,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
             return 0
         poll = {} if args.poll_max_ns is None else {"poll_max_ns": args.poll_max_ns}
         polling = bind(IoThread, poll, "serve", given=("name",))
+        faults.switch_on({order.name: device for order, device in zip(orders, devices, strict=True)}, args)
         end = _End(stack)
         sockets = [_socket(order, stack) for order in orders]
         systemd = _notify_socket(stack)

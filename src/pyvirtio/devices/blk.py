@@ -71,21 +71,29 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         self.write_cache = write_cache
         logical = logical_block_size or drive.block_size
         self._check(serial, logical, physical_block_size or logical, min_io_size, opt_io_size)
+        self._logical = logical
+        self._serial = serial
         native = drive.native()
         self.device_features = self._features(config_wce, native is not None, discard, write_zeroes)
         self._fill_config(logical, physical_block_size or logical, min_io_size, opt_io_size)
+        self.serve_from(drive)
+
+    def serve_from(self, disk: BlockBackend) -> None:
+        """Make a plane over `disk`, the drive or another view of its data, for whoever starts the queues next."""
+        native = disk.native()
         self.plane = BlkPlane(
-            drive if native is None else native,
-            capacity=drive.capacity,
-            readonly=drive.readonly,
+            disk if native is None else native,
+            capacity=disk.capacity,
+            readonly=disk.readonly,
             flush=self._offered(BlkFeature.FLUSH),
             discard=self._offered(BlkFeature.DISCARD),
             write_zeroes=self._offered(BlkFeature.WRITE_ZEROES),
-            serial=serial.encode(),
-            block_size=logical,
+            serial=self._serial.encode(),
+            block_size=self._logical,
             max_discard_sectors=self.config.max_discard_sectors,
             max_write_zeroes_sectors=self.config.max_write_zeroes_sectors,
         )
+        self._set_cache()
 
     @queue(size="queue_size", count="num_queues", native=True)
     def requestq(self) -> BlkPlane:

@@ -1,6 +1,7 @@
 """The device's side of a vhost-user session: its vrings, the guest memory, and whether it is active."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from pyvirtio._core import CallFd, DeviceState, DirtyLog, GuestMemory, VirtQueue
@@ -55,8 +56,20 @@ class Backend:
         self.events = Events(device, self.state, iothreads[0].loop)
         self._log: GuestMemory | None = None
         self._log_call: CallFd | None = None
+        self.loop = iothreads[0].loop
         self._activated: int | None = None
         """The features that the device was activated with."""
+        device.attach(self)
+
+    @property
+    def queues(self) -> list[VirtQueue]:
+        return [vring.vq for vring in self.vrings]
+
+    def renew_handlers(self) -> None:
+        """Serve the queues as the device declares them now."""
+        for vring, q in zip(self.vrings, declared_queues(self.device, MAX_VRINGS), strict=True):
+            vring.handler = q.handler
+            vring.vq.set_handler(q.handler)
 
     def settle(self) -> None:
         """Run the rings that are ready, and no others. Calling it twice changes nothing."""
@@ -124,6 +137,7 @@ class Backend:
         for vring in self.vrings:
             vring.close()
         self._reset_device()
+        self.device.detach()
 
     def _activate(self) -> None:
         """Tell the device what was agreed, before its first ring runs; anew if a driver agrees on something else."""
@@ -140,5 +154,7 @@ class Backend:
         self.events.stop()
         if self._activated is not None:
             self._activated = None
+            if faults := self.device.active_faults:
+                time.sleep(faults.reset_time())
             reset_device(self.device)
         self.state.reset()

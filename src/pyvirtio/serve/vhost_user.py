@@ -131,6 +131,8 @@ class Session(Sharing):
         (features,) = message.unpack(wire.U64)
         if refused := features & ~offered_features(self.device):
             raise ProtocolError(f"{message}: {refused:#x} was not offered")
+        if (faults := self.device.active_faults) and (refused := faults.refused(features)):
+            raise Refused(f"{refused:#x} is refused on purpose")
         self.backend.features = features
         if not features & wire.PROTOCOL_FEATURES:
             for vring in self.backend.vrings:

@@ -1,6 +1,7 @@
 """What every transport shares: the accelerator it needs, and what a driver has told the device."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,7 @@ class DriverState:
         self._running = False
         self._bus_master = False
         self._status = Status(0)
+        self._slow = Status(0), 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -90,6 +92,9 @@ class DriverState:
 
     @property
     def status(self) -> Status:
+        before, until = self._slow
+        if until and time.monotonic() < until:
+            return before
         return self._status | (Status.NEEDS_RESET if self.dataplane.state.broken else Status(0))
 
     @property
@@ -150,6 +155,8 @@ class DriverState:
         if self.features is not None:
             return True
         refused = self.driver_features & ~((self.legacy_offered or 0) if legacy else self.offered)
+        if faults := self.dataplane.device.active_faults:
+            refused |= faults.refused(self.driver_features)
         if self.legacy_offered is None:
             refused |= int(Feature.VERSION_1) & ~self.driver_features
         if refused:
@@ -202,11 +209,14 @@ class DriverState:
         """Forget the driver. Waits for I/O in flight; the status reads 0 once that is done."""
         if self._running:
             log.info("%s: reset", self.dataplane.state.name)
+        before = self.status
         self._running = False
         self.dataplane.stop()
         self._forget()
         self.on_reset()
         self._status = Status(0)
+        if faults := self.dataplane.device.active_faults:
+            self._slow = before, time.monotonic() + faults.reset_time()
 
     def save(self) -> dict[str, Any]:
         """All that the driver has said, and where each ring stands; while the queues are held."""

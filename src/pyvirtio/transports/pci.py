@@ -185,6 +185,7 @@ class VirtioPci(PciFunction):
     def close(self) -> None:
         """Unplug: after I/O in flight everything that the device holds is released."""
         self.reset()
+        self.device.detach()
         self.device.close()
 
     def notify_addresses(self, index: int) -> Iterator[IoAddress]:

@@ -16,9 +16,11 @@ PROMPT = "(pyvirtio) "
 HELP = """\
 info devices                    the devices, their slots and what their drivers did
 info queues                     per queue: size, how its kicks travel, counters
+info faults                     what goes wrong on purpose, and how often it did
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
 set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
 stop, cont                      pause the machine, and let it go on
+fault DEVICE:FAULTS             e.g. fault blk0:late=5ms@1%,lost@0.1%; fault blk0:off ends them
 snapshot FILE                   write all but the disks to FILE, for `pyvirtio run ... --restore FILE`
 help                            this list
 quit                            end the machine
@@ -54,6 +56,10 @@ class Monitor:
                 return self.set(name, value)
             case ["set", *_]:
                 return "set: write for example: set blk0.ioeventfd off\n"
+            case ["fault", text]:
+                return self.fault(text)
+            case ["fault", *_]:
+                return "fault: write for example: fault blk0:late=5ms@1%\n"
             case ["snapshot", *_]:
                 return self.snapshot(line.split(maxsplit=1)[1:])
             case [command]:
@@ -63,7 +69,7 @@ class Monitor:
         raise AssertionError(line)
 
     def _info(self, what: list[str]) -> str:
-        tables = {"devices": self.info_devices, "queues": self.info_queues}
+        tables = {"devices": self.info_devices, "queues": self.info_queues, "faults": self.info_faults}
         if len(what) != 1 or what[0] not in tables:
             return f"info: known are: {', '.join(tables)}\n"
         return tables[what[0]]()
@@ -94,6 +100,22 @@ class Monitor:
                 mode = device.dataplane.notifiers.mode(vq.index)
                 rows.append((f"{device.name}.{vq.name}", str(vq.size or "-"), *numbers, mode))
         return format_table(rows)
+
+    def info_faults(self) -> str:
+        rows = [("device", "fault", "times", "seed")]
+        for device in self.machine.devices:
+            if faults := device.device.active_faults:
+                rows += [(device.name, str(fault), str(fault.hits), str(faults.seed)) for fault in faults]
+        return format_table(rows)
+
+    def fault(self, text: str) -> str:
+        from pyvirtio.faults.options import switch
+
+        try:
+            switch({device.name: device.device for device in self.machine.devices}, text)
+        except ConfigError as error:
+            return f"{error}\n"
+        return ""
 
     def set(self, name: str, value: str) -> str:
         owner, _, key = name.rpartition(".")
@@ -135,7 +157,7 @@ class Monitor:
 
 
 def unknown(command: str) -> str:
-    return f"unknown command {command!r}; known are: info, set, snapshot, stop, cont, help, quit\n"
+    return f"unknown command {command!r}; known are: info, set, fault, snapshot, stop, cont, help, quit\n"
 
 
 def status_text(device: VirtioPci) -> str:
