@@ -2,23 +2,23 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import bootdisk
 import pytest
+import qemu
 from code16 import out
+from qemu import HANG_GUARD, QEMU
 from serving import programs
 
-from pyvirtio.lab import initrd
-from pyvirtio.lab.kernel import find_kernel
-
-QEMU = "qemu-system-x86_64"
-HANG_GUARD = 120
 SECTORS = 500
 EXIT_PORT = 0x501
+MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(not shutil.which(QEMU), reason=f"{QEMU} is not installed")
 
@@ -31,20 +31,11 @@ def server(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
         yield start("blk", "--blk-file", "disk.img", "--socket-path", "s")
 
 
-def qemu(tmp_path: Path, *arguments: str, memory: str = "64M") -> bytes:
-    """What the guest prints."""
-    command = [QEMU, "-accel", "tcg", "-nodefaults", "-display", "none", "-serial", f"file:{tmp_path / 'serial'}"]
-    command += ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-no-reboot"]
-    command += ["-machine", "q35,memory-backend=mem", "-m", memory, *arguments]
-    subprocess.run(command, timeout=HANG_GUARD, check=False)
-    return (tmp_path / "serial").read_bytes()
-
-
 def boot(tmp_path: Path, *properties: str) -> bytes:
-    front_end = ",".join(["vhost-user-blk-pci,chardev=disk,num-queues=1", *properties])
-    chardev = f"socket,id=disk,path={tmp_path / 's'}"
-    leave = f"isa-debug-exit,iobase={EXIT_PORT},iosize=1"
-    return qemu(tmp_path, "-chardev", chardev, "-device", front_end, "-device", leave)
+    front_end = ",".join(["vhost-user-blk-pci,num-queues=1", *properties])
+    leave = ["-device", f"isa-debug-exit,iobase={EXIT_PORT},iosize=1"]
+    machine = qemu.command(tmp_path, *qemu.vhost_user("disk", tmp_path / "s", front_end), *leave)
+    return qemu.run(machine, tmp_path)
 
 
 @pytest.mark.parametrize("properties", [["disable-modern=on", "disable-legacy=off"], ["disable-legacy=on"]])
@@ -60,11 +51,7 @@ def test_one_server_serves_one_machine_after_another(server: "subprocess.Popen[b
     assert server.wait(HANG_GUARD) == 0
 
 
-INIT = """#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/modules/$module"; done </modules/order
+SCRIPT = """
 echo "disk $(sha256sum </dev/vda)"
 dd if=/dev/urandom of=/dev/vda bs=64k count=8 seek=8 conv=fsync 2>/dev/null
 sync
@@ -79,30 +66,81 @@ poweroff -f
 def test_linux_reads_and_writes_the_disk_and_gets_entropy(tmp_path: Path) -> None:
     """Two devices of one process; the checksums are the guest's of the disk, before and after it wrote."""
     image = tmp_path / "disk.img"
-    image.write_bytes(os.urandom(4 << 20))
+    image.write_bytes(os.urandom(4 * MIB))
     before = hashlib.sha256(image.read_bytes()).hexdigest()
-    kernel = find_kernel()
-    modules = ("virtio_pci", "virtio_blk", "virtio_rng")
-    (tmp_path / "initrd").write_bytes(initrd.build(kernel, INIT, modules=modules))
+    disk = qemu.vhost_user("blk", tmp_path / "blk", "vhost-user-blk-pci,num-queues=2")
+    entropy = qemu.vhost_user("rng", tmp_path / "rng", "vhost-user-rng-pci")
     with programs(tmp_path) as start:
         blk = "blk,drive=d,num-queues=2,socket-path=blk"
         start("--drive", "file=disk.img,id=d", "--device", blk, "--device", "rng,socket-path=rng")
-        printed = qemu(
-            tmp_path,
-            *("-smp", "2", "-kernel", str(kernel.image), "-initrd", str(tmp_path / "initrd")),
-            *("-append", "console=ttyS0 quiet panic=-1"),
-            *(
-                "-chardev",
-                f"socket,id=blk,path={tmp_path / 'blk'}",
-                "-chardev",
-                f"socket,id=rng,path={tmp_path / 'rng'}",
-            ),
-            *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=2", "-device", "vhost-user-rng-pci,chardev=rng"),
-            memory="256M",
-        ).decode(errors="replace")
+        machine = qemu.linux(tmp_path, SCRIPT, *disk, *entropy, modules=("virtio_blk", "virtio_rng"))
+        printed = qemu.run(machine, tmp_path).decode(errors="replace")
     assert f"disk {before}" in printed
     after = hashlib.sha256(image.read_bytes()).hexdigest()
     assert after != before
     assert f"written {after}" in printed
     assert "queues 2" in printed
     assert "random 512" in printed
+
+
+FILES = 6
+WRITER = f"""
+mount -t ext4 /dev/vda /mnt
+for n in $(seq {FILES}); do
+    echo "round $n"
+    (dd if=/dev/urandom of=/mnt/a$n bs=64k count=24 conv=fsync 2>/dev/null) &
+    dd if=/dev/urandom of=/mnt/b$n bs=64k count=24 conv=fsync 2>/dev/null
+    wait
+done
+umount /mnt
+echo 3 >/proc/sys/vm/drop_caches
+mount -t ext4 -o ro /dev/vda /mnt
+for n in $(seq {FILES}); do for file in a$n b$n; do echo "file $file $(sha256sum </mnt/$file)"; done; done
+umount /mnt
+dmesg | grep -E "vda|EXT4"
+echo finished
+poweroff -f
+"""
+
+
+def test_no_file_is_harmed_when_the_server_is_killed_while_linux_writes(tmp_path: Path) -> None:
+    """ext4 on two queues that two I/O threads serve; `kill -9` in every other round, and a new server each time."""
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", image], check=True)
+    arguments = ["blk", "--blk-file", "disk.img", "--num-queues", "2", "--iothreads", "2", "--socket-path", "s"]
+    disk = qemu.vhost_user("blk", tmp_path / "s", "vhost-user-blk-pci,num-queues=2", reconnect=True)
+    with programs(tmp_path) as start:
+        server = start(*arguments)
+        machine = subprocess.Popen(qemu.linux(tmp_path, WRITER, *disk, modules=("virtio_blk", "ext4")))
+        try:
+            for number in range(1, FILES, 2):
+                wait_until_printed(tmp_path, f"round {number}", machine)
+                server.kill()
+                server.wait()
+                server = start(*arguments)
+            machine.wait(HANG_GUARD)
+        finally:
+            machine.kill()
+            machine.wait()
+        printed = (tmp_path / "serial").read_text(errors="replace")
+        server.terminate()
+        server.wait(HANG_GUARD)
+    assert "finished" in printed, printed
+    assert "error" not in printed, printed
+    subprocess.run(["/usr/sbin/e2fsck", "-f", "-n", image], check=True, capture_output=True)
+    sums = dict(re.findall(r"file (\w+) ([0-9a-f]{64})", printed))
+    assert len(sums) == 2 * FILES
+    for file, checksum in sums.items():
+        shown = subprocess.run(["/usr/sbin/debugfs", "-R", f"cat /{file}", image], check=True, capture_output=True)
+        assert hashlib.sha256(shown.stdout).hexdigest() == checksum
+
+
+def wait_until_printed(directory: Path, line: str, machine: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + HANG_GUARD
+    serial = directory / "serial"
+    while not serial.exists() or line.encode() not in serial.read_bytes():
+        assert machine.poll() is None, serial.read_text(errors="replace")
+        assert time.monotonic() < deadline, serial.read_text(errors="replace")
+        time.sleep(0.02)

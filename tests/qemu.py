@@ -1,0 +1,45 @@
+"""QEMU (TCG, so that it runs anywhere) as the front-end of served devices."""
+
+import subprocess
+from pathlib import Path
+
+from pyvirtio.lab import initrd
+from pyvirtio.lab.kernel import find_kernel
+
+QEMU = "qemu-system-x86_64"
+HANG_GUARD = 120
+
+INIT = """#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+while read -r module; do insmod "/modules/$module"; done </modules/order
+"""
+"""How an init script begins that needs its modules."""
+
+
+def command(directory: Path, *arguments: str, memory: str = "64M") -> list[str]:
+    """A machine whose memory is shared; what its guest prints goes to the file `serial`."""
+    machine = [QEMU, "-accel", "tcg", "-nodefaults", "-display", "none", "-serial", f"file:{directory / 'serial'}"]
+    machine += ["-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-no-reboot"]
+    return [*machine, "-machine", "q35,memory-backend=mem", "-m", memory, *arguments]
+
+
+def linux(directory: Path, script: str, *arguments: str, modules: tuple[str, ...]) -> list[str]:
+    """A machine with two CPUs that boots Linux, loads `modules` and runs `script`."""
+    kernel = find_kernel()
+    (directory / "initrd").write_bytes(initrd.build(kernel, INIT + script, modules=("virtio_pci", *modules)))
+    boot = ["-smp", "2", "-kernel", str(kernel.image), "-initrd", str(directory / "initrd")]
+    return command(directory, *boot, "-append", "console=ttyS0 quiet panic=-1", *arguments, memory="256M")
+
+
+def run(machine: list[str], directory: Path) -> bytes:
+    """What the guest prints until the machine ends."""
+    subprocess.run(machine, timeout=HANG_GUARD, check=False)
+    return (directory / "serial").read_bytes()
+
+
+def vhost_user(name: str, socket: Path, device: str, *, reconnect: bool = False) -> list[str]:
+    """The options for one served device."""
+    again = ",reconnect=1" if reconnect else ""
+    return ["-chardev", f"socket,id={name},path={socket}{again}", "-device", f"{device},chardev={name}"]
