@@ -54,6 +54,8 @@ missing_packages() {
     command -v zstd >/dev/null || echo zstd
     command -v lz4 >/dev/null || echo lz4
     command -v xz >/dev/null || echo xz-utils
+    PATH="$PATH:/usr/sbin:/sbin" command -v ip >/dev/null || echo iproute2
+    command -v passt >/dev/null || echo passt
     PATH="$PATH:/usr/sbin:/sbin" command -v mkfs.ext4 >/dev/null || echo e2fsprogs
 }
 

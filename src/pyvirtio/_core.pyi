@@ -306,6 +306,8 @@ class VirtQueue:
         """From here on notifies are served by `notify`; serves a kick that is still in the eventfd."""
     def signal(self) -> None:
         """Signal the eventfd as a kick does."""
+    def interrupt(self) -> None:
+        """Interrupt the driver, whatever it asked for: who serves the ring instead (kernel vhost) has decided."""
     def __iter__(self) -> Iterator[Chain]: ...
     def __next__(self) -> Chain: ...
     @property

@@ -164,6 +164,8 @@ class Device:
     """What messages call the device; set when it is plugged."""
     device_features: int = 0
     """The feature bits of the device type that are offered; the transport adds its own."""
+    vhost: Sequence[tuple[int, int]] = ()
+    """For each pair of queues that the kernel can serve, from the first on: the fds of a `/dev/vhost-net` and a tap."""
     config: Any
     """The configuration space: an instance of the layout, or None."""
     config_generation: int

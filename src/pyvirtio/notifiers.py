@@ -189,7 +189,7 @@ class HostNotifiers:
 
     def mode(self, index: int) -> str:
         """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), paused; - without a ring."""
-        if not self.queues[index].ready:
+        if not self._has_ring(self.queues[index]):
             return "-"
         if self.held:
             return "paused"
@@ -211,7 +211,7 @@ class HostNotifiers:
             self._serve_unattached()
 
     def _open_and_close(self) -> None:
-        ready = [vq for vq in self.queues if vq.ready and self.running and not self.held]
+        ready = [vq for vq in self.queues if self._has_ring(vq) and self.running and not self.held]
         lend = [vq for vq in ready if self.grabbed(vq.index)]
         attach = ready if self._ioeventfd and not self.reasons else lend
         assign = [] if self._moving or self.reasons else attach  # without, a notify exits and signals the eventfd
@@ -224,6 +224,9 @@ class HostNotifiers:
         self._assigned.open(assign, self._assign)
         self._polled.open(poll, self._poll)
         self._lent.open(lend, self._lend)
+
+    def _has_ring(self, vq: VirtQueue) -> bool:
+        return vq.ready or vq.index in self._lent  # lent, vhost has it
 
     def _lend(self, vq: VirtQueue) -> Undo:
         try:

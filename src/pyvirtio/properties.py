@@ -109,7 +109,8 @@ class Property:
 
 
 def canonical(name: str) -> str:
-    return name.replace("_", "-")
+    """The spelling of an option: `addr__port` in Python is `addr.port`."""
+    return name.replace("__", ".").replace("_", "-")
 
 
 def properties_of(cls: type, given: Collection[str] = ()) -> list[Property]:

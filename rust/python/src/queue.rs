@@ -181,6 +181,10 @@ impl VirtQueue {
         self.inner.signal();
     }
 
+    fn interrupt(&self) {
+        self.inner.interrupt();
+    }
+
     fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
         slf
     }

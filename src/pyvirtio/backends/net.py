@@ -37,6 +37,9 @@ class NetBackend:
     pcap: int | None = None
     """File descriptor of a capture file: the core writes the frames of both directions to it."""
 
+    vhost_fds: Sequence[int] = ()
+    """One `/dev/vhost-net` for each of `fds`, if the kernel is to move the frames instead of the core."""
+
     @property
     def queue_pairs(self) -> int:
         """How many queue pairs a device on this network can have at most."""

@@ -2,6 +2,7 @@
 
 import logging
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from pyvirtio._core import MsixVector
@@ -29,6 +30,8 @@ class MsixTable:
         self.pba = max(2048, 1 << (count * ENTRY_SIZE - 1).bit_length())
         self.vectors = [MsixVector() for _ in range(count)]
         self.enabled = False
+        self.on_mask: Callable[[int], object] = lambda _: None
+        """Called with the index of a vector that was masked, unmasked or written."""
         self._all_masked = False
         self._table = bytearray()
         self._routes: dict[int, tuple[int, int]] = {}
@@ -108,6 +111,7 @@ class MsixTable:
             vector.masked = True
         elif self._route(index):
             vector.masked = False
+        self.on_mask(index)
 
     def _route(self, index: int) -> bool:
         address, data = struct.unpack_from("<QI", self._table, index * ENTRY_SIZE)

@@ -33,6 +33,7 @@ from pyvirtio.transports.pci_config import (
 from pyvirtio.transports.pci_interrupts import Interrupts
 from pyvirtio.transports.pci_legacy import LegacyRegisters
 from pyvirtio.transports.pci_modern import CommonConfig
+from pyvirtio.vhost.kernel import VhostNet
 
 LEGACY_BAR, MSIX_BAR, PIO_NOTIFY_BAR, MODERN_BAR = 0, 1, 2, 4
 ISR_REGION, DEVICE_REGION, NOTIFY_REGION = 0x1000, 0x2000, 0x3000
@@ -104,6 +105,7 @@ class VirtioPci(PciFunction):
         self.driver = self._driver_state(has_legacy, event_idx, indirect_desc)
         self.legacy = self._add_legacy() if has_legacy else None
         self.common = None if disable_modern else self._add_modern(modern_pio_notify)
+        self.vhost = VhostNet(self.driver, self.interrupts, device.vhost) if device.vhost else None
         self._af = self.config.add_capability(ADVANCED_FEATURES, b"\x06\x03\x00\x00")
         self.window = None if disable_modern else ConfigWindow(self)
 
@@ -185,6 +187,8 @@ class VirtioPci(PciFunction):
     def close(self) -> None:
         """Unplug: after I/O in flight everything that the device holds is released."""
         self.reset()
+        if self.vhost is not None:
+            self.vhost.close()
         self.device.detach()
         self.device.close()
 

@@ -1,8 +1,9 @@
 """Where the interrupts of a virtio-pci device go: INTx with the ISR status, or MSI-X (virtio 1.3, 4.1.5.1)."""
 
+from collections.abc import Callable
 from typing import Any
 
-from pyvirtio._core import IrqLine, Isr
+from pyvirtio._core import IrqLine, Isr, MsixVector
 from pyvirtio.dataplane import Dataplane
 from pyvirtio.spec import NO_VECTOR
 from pyvirtio.transports.msix import MsixTable
@@ -16,6 +17,7 @@ class Interrupts:
         self.msix = msix
         self._dataplane = dataplane
         self._intx_disabled = False
+        self._changed: Callable[[int], object] = lambda _: None
         self.forget()
 
     @property
@@ -35,6 +37,22 @@ class Interrupts:
     def set_config_vector(self, vector: int) -> None:
         self.config_vector = self._existing(vector)
         self._connect_config()
+
+    def irqfd(self, index: int) -> int | None:
+        """The eventfd that, when signalled, interrupts for a queue; None if that takes more, as while it is masked."""
+        vector = self._vector(index)
+        return vector.fd if vector is not None and not vector.masked else None
+
+    def follow(self, changed: Callable[[int], object]) -> None:
+        """Call `changed(index)` whenever the `irqfd` of a queue may have changed."""
+        self._changed = changed
+        if self.msix is not None:
+            self.msix.on_mask = self._mask_changed
+
+    def _mask_changed(self, vector: int) -> None:
+        for index, chosen in enumerate(self.queue_vectors):
+            if chosen == vector:
+                self._changed(index)
 
     def disable_intx(self, disabled: bool) -> None:
         """The command register's bit."""
@@ -99,8 +117,11 @@ class Interrupts:
             self._connect_queue(index)
 
     def _connect_queue(self, index: int) -> None:
-        vector = self.msix.vector(self.queue_vectors[index]) if self.msix is not None else None
-        self._dataplane.queues[index].set_interrupt(self.isr, vector)
+        self._dataplane.queues[index].set_interrupt(self.isr, self._vector(index))
+        self._changed(index)
+
+    def _vector(self, index: int) -> MsixVector | None:
+        return self.msix.vector(self.queue_vectors[index]) if self.msix is not None else None
 
     def _connect_config(self) -> None:
         vector = self.msix.vector(self.config_vector) if self.msix is not None else None

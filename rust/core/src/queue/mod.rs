@@ -288,19 +288,22 @@ impl VirtQueue {
 
     fn publish_ring(&self) {
         let decision = self.active().as_mut().and_then(Active::publish);
-        self.interrupt(decision);
+        self.decided(decision);
     }
 
-    fn interrupt(&self, decision: Option<bool>) {
-        match decision {
+    fn decided(&self, interrupt: Option<bool>) {
+        match interrupt {
             None => (),
             Some(false) => self.counters.suppressed.add(1),
-            Some(true) => {
-                self.counters.interrupts.add(1);
-                if let Some(interrupt) = &*self.interrupt.read().unwrap_or_else(PoisonError::into_inner) {
-                    interrupt.signal();
-                }
-            }
+            Some(true) => self.interrupt(),
+        }
+    }
+
+    /// Interrupt the driver, whatever it asked for: somebody else served the ring and has decided.
+    pub fn interrupt(&self) {
+        self.counters.interrupts.add(1);
+        if let Some(interrupt) = &*self.interrupt.read().unwrap_or_else(PoisonError::into_inner) {
+            interrupt.signal();
         }
     }
 

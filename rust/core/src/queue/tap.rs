@@ -112,7 +112,7 @@ impl VirtQueue {
             }
             active.publish()
         };
-        self.interrupt(match interrupt {
+        self.decided(match interrupt {
             Some(true) => Some(true),
             Some(false) => decision.and(Some(false)),
             None => decision,
