@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pyvirtio.backends.chardev import CHARDEVS
 from pyvirtio.cli.devices import NAMES, transport_properties
 from pyvirtio.dataplane import IoThread
 from pyvirtio.devices import load
@@ -30,7 +31,8 @@ def page() -> str:
     devices = [table(f"`--device {name}`", properties_of(load(short))) for name, short in NAMES.items()]
     transport = table("Every device on the PCI bus", transport_properties())
     iothread = table("`--object iothread`", properties_of(IoThread, ["name"]))
-    return "".join([INTRODUCTION, *devices, transport, iothread])
+    chardevs = [table(f"`--chardev {name}`", properties_of(cls, ["name"])) for name, cls in CHARDEVS.items()]
+    return "".join([INTRODUCTION, *devices, transport, iothread, *chardevs])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Kind:
     """Whether a value given in Python is one."""
     show: Callable[[Any], str] = str
     refers_to: type | None = None
+    many: bool = False
+    """Whether it is a sequence of what it refers to."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,15 @@ class Property:
         """The default as a user would write it; "-" where there is no value by default."""
         if self.required:
             return "required"
-        return "-" if self.default in (None, "") else self.kind.show(self.default)
+        return "-" if self.default in (None, "", ()) else self.kind.show(self.default)
 
     def parse(self, text: str, who: str, references: References | None = None) -> object:
         """The value that `text` stands for. ConfigError names `who`, the value and what is allowed."""
         if self.kind.refers_to is not None:
-            return self._look_up(text, who, (references or {}).get(self.kind.refers_to, {}))
+            known = (references or {}).get(self.kind.refers_to, {})
+            if self.kind.many:
+                return [self._look_up(each, who, known) for each in text.split(":")]
+            return self._look_up(text, who, known)
         try:
             return self.kind.parse(text)
         except ValueError:
@@ -246,9 +251,19 @@ def _kind(annotation: Any, extras: Sequence[object]) -> Kind | None:
         return _number("integer", "an integer", _parse_int, str, limits)
     if annotation is float:
         return _number("number", "a number", float, "{:g}".format, limits or Range(float("-inf"), float("inf")))
+    if get_origin(annotation) is Sequence and (option := getattr(get_args(annotation)[0], "named_by", None)):
+        return _list_of(get_args(annotation)[0], option)
     if isinstance(annotation, type) and (option := getattr(annotation, "named_by", None)):
         return Kind("id", f"the id of {option}", str, lambda value: isinstance(value, annotation), refers_to=annotation)
     return SIMPLE.get(annotation) if isinstance(annotation, type) else None
+
+
+def _list_of(cls: type, option: str) -> Kind:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, Sequence) and all(isinstance(each, cls) for each in value)
+
+    allowed = f"the id of {option}, or several with ':' in between"
+    return Kind("ids", allowed, str, accepts, refers_to=cls, many=True)
 
 
 def _number(

@@ -16,6 +16,7 @@ from serving import Start, programs
 
 from pyvirtio.cli.front_ends import QEMU_NAMESPACE
 from pyvirtio.cli.main import main
+from pyvirtio.devices import DEVICES
 from pyvirtio.serve.wire import Request
 from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.plugin import nothing_left_behind
@@ -46,7 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 REFUSED = {
     "": "serve: name a device, such as `blk` or `rng`",
-    "gpu --socket-path s": "unknown device 'gpu' (known: blk, rng, FILE.py:CLASS)",
+    "gpu --socket-path s": f"unknown device 'gpu' (known: {', '.join(DEVICES)}, FILE.py:CLASS)",
     "rng": "rng0: give its socket, either --socket-path PATH or --fd N",
     "rng --socket-path s --fd 3": "rng0: give its socket, either",
     "rng --socket-path a-file": "a-file: there is a file that is no socket",

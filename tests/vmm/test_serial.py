@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyvirtio.vmm.serial import HELP, Console, Keyboard, RawTerminal
+from pyvirtio.backends.terminal import RawTerminal
+from pyvirtio.vmm.serial import HELP, Console, Keyboard
 
 CTRL_A = b"\x01"
 HANG = 10

@@ -10,7 +10,8 @@ from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
 from pyvirtio.backends.formats import foreign_format
-from pyvirtio.cli import faults
+from pyvirtio.backends.chardev import Chardev
+from pyvirtio.cli import chardev, faults
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.dataplane import IoThread
@@ -37,7 +38,7 @@ class Drive:
 
 def show_help(args: argparse.Namespace) -> bool:
     """Print the tables that the options ask for with `help`; whether there were any."""
-    asked = False
+    asked = chardev.show_help(args.chardev)
     for text in args.device:
         options = parse(text, implied="driver")
         if wants_help(options):
@@ -56,11 +57,12 @@ def plug(board: Board, args: argparse.Namespace) -> None:
     for text in args.object:
         _add_iothread(board, parse(text, implied="qom-type"))
     drives = open_drives(args.drive, board.on_close)
+    chardevs = chardev.open_chardevs(args.chardev, board.on_close)
     for text in args.device:
-        _add_device(board, drives, parse(text, implied="driver"))
+        _add_device(board, drives, chardevs, parse(text, implied="driver"))
     for drive in drives.values():
         if drive.used_by is None and drive.on_its_own:
-            _add_device(board, drives, {"driver": DISK, "drive": drive.id})
+            _add_device(board, drives, chardevs, {"driver": DISK, "drive": drive.id})
     faults.switch_on({function.name: function.device for function in board.devices}, args)
 
 
@@ -103,7 +105,7 @@ def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
     return Drive(name, backend, on_its_own=interface == "virtio")
 
 
-def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str]) -> None:
+def _add_device(board: Board, drives: dict[str, Drive], chardevs: dict[str, Chardev], options: dict[str, str]) -> None:
     driver = take(options, "driver", "--device")
     cls = device_class(driver)
     taken = {function.name: function for function in board.devices}
@@ -114,6 +116,7 @@ def _add_device(board: Board, drives: dict[str, Drive], options: dict[str, str])
     references: dict[type, dict[str, object]] = {
         BlockBackend: {drive.id: drive.backend for drive in drives.values()},
         IoThread: dict(board.iothreads),
+        Chardev: dict(chardevs),
     }
     own, pci = bind_each((cls, VirtioPci), options, name, references, GIVEN)
     board.add(make(cls, own, name, drives), name, **pci)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pyvirtio.accel.host import linux_capable
-from pyvirtio.cli import faults, plug
+from pyvirtio.cli import chardev, faults, plug
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import parse_size
 from pyvirtio.vmm.board import Board, allocate
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     board.add_argument("-m", "--memory", type=_memory, default="512M", metavar="SIZE", help="RAM; MiB without a suffix")
     board.add_argument("--smp", type=_cpus, default="1", metavar="N", help="number of CPUs")
     board.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help=DRIVE_HELP)
+    board.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
     board.add_argument(
         "--device", action="append", default=[], metavar="NAME[,OPTIONS]",
         help="a device; `help` lists them, `NAME,help` its properties",
@@ -94,6 +95,7 @@ def main(args: argparse.Namespace) -> int:
     if plug.show_help(args) or faults.show_help(args):
         return 0
     boot = _read_boot(args)
+    chardev.stdio_is_free(args.chardev, args.serial)
     check_cpus(args.smp)
     if args.dry_run:
         with _rehearsal(args) as board:

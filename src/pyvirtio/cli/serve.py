@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend
-from pyvirtio.cli import faults
+from pyvirtio.backends.chardev import Chardev
+from pyvirtio.cli import chardev, faults
 from pyvirtio.cli.devices import device_class
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--poll-max-ns", metavar="NS", help="longest busy wait of an I/O thread; 0 = none")
     parser.add_argument("--sandbox", choices=("on", "off"), help=SANDBOX_HELP)
     faults.add_argument(parser)
+    parser.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
     parser.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
     parser.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
@@ -85,6 +87,8 @@ class Order:
 
 
 def main(args: argparse.Namespace) -> int:
+    if chardev.show_help(args.chardev):
+        return 0
     texts = [*([args.what] if args.what else []), *args.device]
     if faults.show_help(args):
         return 0
@@ -143,7 +147,8 @@ def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = Non
 def _serve(orders: list[Order], args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         drives = open_drives(_drive_texts(args), stack.callback)
-        devices = [_device(order, drives, stack) for order in orders]
+        chardevs = chardev.open_chardevs(args.chardev, stack.callback)
+        devices = [_device(order, drives, chardevs, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
             served: list[Served] = [(o.name, o.path, device) for o, device in zip(orders, devices, strict=True)]
             print(qemu_args(served) if args.print_qemu_args else libvirt_xml(served))
@@ -185,8 +190,11 @@ def _drive_texts(args: argparse.Namespace) -> list[str]:
     return [*args.drive, f"file={path},id={BLK_FILE},readonly={'on' if args.read_only else 'off'}"]
 
 
-def _device(order: Order, drives: dict[str, Drive], stack: ExitStack) -> Device:
-    references: dict[type, dict[str, object]] = {BlockBackend: {drive.id: drive.backend for drive in drives.values()}}
+def _device(order: Order, drives: dict[str, Drive], chardevs: dict[str, Chardev], stack: ExitStack) -> Device:
+    references: dict[type, dict[str, object]] = {
+        BlockBackend: {drive.id: drive.backend for drive in drives.values()},
+        Chardev: dict(chardevs),
+    }
     properties = bind(order.cls, order.options, order.name, references)
     device = make(order.cls, properties, order.name, drives)
     stack.callback(device.close)

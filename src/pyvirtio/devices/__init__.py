@@ -6,6 +6,7 @@ from pyvirtio.device import Device
 
 DEVICES = {
     "blk": "pyvirtio.devices.blk:Blk",
+    "console": "pyvirtio.devices.console:Console",
     "rng": "pyvirtio.devices.rng:Rng",
 }
 """Short name -> `module:Class`; on a PCI bus `blk` is called `virtio-blk-pci`."""

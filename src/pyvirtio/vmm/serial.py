@@ -6,12 +6,12 @@ The output of the serial port does not pass here; the core writes it to the file
 import logging
 import os
 import select
-import termios
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
+from pyvirtio.backends.terminal import RawTerminal
 from pyvirtio.vmm.monitor import PROMPT, LineEditor
 
 ESCAPE = 0x01  # Ctrl-A
@@ -24,31 +24,6 @@ C-a h    this help
 RETRY_SECONDS = 0.01
 
 log = logging.getLogger("pyvirtio")
-
-
-class RawTerminal:
-    """Passes every key on, unechoed, while entered; does nothing if `fd` is no terminal.
-
-    Output keeps its translation of "\\n", which the monitor relies on.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __enter__(self) -> Self:
-        self._saved = termios.tcgetattr(self.fd) if os.isatty(self.fd) else None
-        if self._saved is not None:
-            raw = termios.tcgetattr(self.fd)
-            raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INLCR | termios.ISTRIP | termios.IXON)
-            raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
-            raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
-            termios.tcsetattr(self.fd, termios.TCSANOW, raw)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._saved is not None:
-            with suppress(termios.error):  # a terminal that was hung up needs nothing
-                termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
 
 
 class Keyboard:
