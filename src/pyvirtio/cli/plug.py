@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
-from pyvirtio.backends.formats import foreign_format
 from pyvirtio.backends.chardev import Chardev
+from pyvirtio.backends.formats import foreign_format
 from pyvirtio.cli import chardev, faults
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help

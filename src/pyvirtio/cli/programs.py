@@ -9,5 +9,9 @@ def blk() -> int:
     return main(["serve", "blk", *sys.argv[1:]])
 
 
+def console() -> int:
+    return main(["serve", "console", *sys.argv[1:]])
+
+
 def rng() -> int:
     return main(["serve", "rng", *sys.argv[1:]])
