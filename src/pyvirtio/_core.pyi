@@ -15,6 +15,7 @@ __all__ = [
     "Completed",
     "DeviceState",
     "DirtyLog",
+    "FileIo",
     "GuestMemory",
     "InflightRegion",
     "IoThread",
@@ -29,6 +30,7 @@ __all__ = [
     "VirtQueue",
     "Vm",
     "Watch",
+    "io_uring_missing",
     "supported",
     "tsc",
 ]
@@ -366,6 +368,21 @@ class Kick:
     def close(self) -> None: ...
 
 @final
+class FileIo:
+    """A raw file (the fd is duplicated), and how the core reads and writes it.
+
+    "threads": the thread that serves the queue does, and waits. "io_uring": many at a time, answered as they come.
+    With O_DIRECT, buffers and offsets of the file have to be multiples of `align` bytes; others are copied.
+    """
+
+    def __new__(cls, fd: int, *, align: int = 1, aio: str = ...) -> Self: ...
+    @property
+    def aio(self) -> str: ...
+
+def io_uring_missing() -> str | None:
+    """None if this host gives us io_uring, else why not."""
+
+@final
 class NullIo:
     """A disk that does nothing: a read leaves the guest's buffers as they are, a write goes nowhere."""
 
@@ -375,13 +392,13 @@ class NullIo:
 class BlkPlane:
     """Serves virtio-blk requests (virtio 1.3, 5.2.6): parses them, and does the I/O natively or through a backend.
 
-    `backend` is an fd of a raw file (duplicated; served without Python), a `NullIo` or a `BlockBackend`. `capacity`
-    is in bytes. One plane may serve any number of queues.
+    `backend` is an fd of a raw file (duplicated; served without Python), a `FileIo`, a `NullIo` or a `BlockBackend`.
+    `capacity` is in bytes. One plane may serve any number of queues.
     """
 
     def __new__(
         cls,
-        backend: int | NullIo | BlockBackend,
+        backend: int | FileIo | NullIo | BlockBackend,
         *,
         capacity: int,
         readonly: bool = False,

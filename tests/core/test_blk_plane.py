@@ -1,11 +1,15 @@
 """The blk plane over a backend in Python: whose memory the buffers are, and for how long."""
 
+import os
+import resource
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from pyvirtio._core import BlkPlane, DeviceState, GuestMemory, VirtQueue
+from pyvirtio._core import BlkPlane, DeviceState, FileIo, GuestMemory, VirtQueue
 from pyvirtio.backends.block import BlockBackend
 from pyvirtio.testing.ring import WRITE, Desc, SplitRing
 
@@ -36,10 +40,13 @@ class Keeper(BlockBackend):
 class Disk:
     """A plane on a queue, and the driver's ring for one request at a time."""
 
-    def __init__(self, backend: BlockBackend, **options: int) -> None:
+    def __init__(self, backend: BlockBackend | FileIo, **options: int) -> None:
         self.memory = GuestMemory.allocate([(0, 1 << 20)])
         self.plane = BlkPlane(backend, capacity=CAPACITY, **options)  # type: ignore[arg-type]
         self.vq = VirtQueue(DeviceState("blk0", print), "requestq", 0, SIZE)
+        self.start()
+
+    def start(self) -> None:
         self.ring = SplitRing(self.memory, SIZE, 0x1000, 0x2000, 0x3000)
         self.vq.start(self.memory, self.plane, size=SIZE, desc=0x1000, avail=0x2000, used=0x3000)
 
@@ -138,3 +145,32 @@ def test_requests_are_whole_blocks() -> None:
     assert disk.do(READ, [4096], sector=1) == (1, 1)
     assert disk.do(READ, [512], sector=8) == (1, 1)
     disk.vq.stop()
+
+
+def test_a_queue_that_gets_no_ring_of_its_own_is_served_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "disk.img").write_bytes(b"z" * CAPACITY)
+    with (tmp_path / "disk.img").open("rb") as file:
+        disk = Disk(FileIo(file.fileno(), aio="io_uring"))
+        disk.vq.stop()
+        with no_more_files():
+            disk.start()
+        assert disk.do(READ, [512]) == (0, 513)
+        assert disk.memory.read(DATA, 512) == b"z" * 512
+    assert [record.getMessage() for record in caplog.records] == [
+        "requestq: no io_uring, served with aio=threads: Too many open files (os error 24)"
+    ]
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Nothing can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

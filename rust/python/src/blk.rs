@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict};
 use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
-use pyvirtio_core::planes::{FileBackend, NullBackend};
+use pyvirtio_core::planes::{FileBackend, NullBackend, UringQueue};
 use pyvirtio_core::{Handler, VirtQueue};
 
 use crate::buffer;
@@ -34,17 +34,65 @@ impl NullIo {
 #[pyclass(frozen, module = "pyvirtio._core")]
 pub struct BlkPlane {
     plane: Arc<blk::BlkPlane>,
-    python: bool,
+    service: Service,
+}
+
+/// How the requests of a queue are served.
+enum Service {
+    Native,
+    Uring(FileBackend),
+    Attached,
 }
 
 impl BlkPlane {
-    pub fn handler(&self) -> Arc<dyn Handler> {
-        if self.python {
-            Arc::new(Attached(self.plane.clone()))
-        } else {
-            self.plane.clone()
+    pub fn handler(&self, py: Python<'_>, vq: &VirtQueue) -> Arc<dyn Handler> {
+        match &self.service {
+            Service::Native => self.plane.clone(),
+            Service::Attached => Arc::new(Attached(self.plane.clone())),
+            Service::Uring(file) => match UringQueue::new(self.plane.clone(), file.clone(), vq) {
+                Ok(queue) => Arc::new(queue),
+                Err(error) => {
+                    logging::warning(py, &format!("{}: no io_uring, served with aio=threads: {error}", vq.name()));
+                    self.plane.clone()
+                }
+            },
         }
     }
+}
+
+const THREADS: &str = "threads";
+const URING: &str = "io_uring";
+
+/// A raw file, and how it is read and written.
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct FileIo {
+    file: FileBackend,
+    aio: &'static str,
+}
+
+#[pymethods]
+impl FileIo {
+    #[new]
+    #[pyo3(signature = (fd, *, align = 1, aio = THREADS))]
+    fn new(fd: RawFd, align: usize, aio: &str) -> PyResult<Self> {
+        let aio = match aio {
+            THREADS => THREADS,
+            URING => URING,
+            _ => return Err(PyValueError::new_err(format!("aio={aio} is not allowed: {THREADS} or {URING}"))),
+        };
+        Ok(Self { file: FileBackend::new(duplicate(fd)?, align), aio })
+    }
+
+    #[getter]
+    fn aio(&self) -> &str {
+        self.aio
+    }
+}
+
+/// None if this host gives us io_uring, else why not.
+#[pyfunction]
+pub fn io_uring_missing() -> Option<String> {
+    pyvirtio_core::planes::io_uring_missing().map(|error| error.to_string())
 }
 
 #[pymethods]
@@ -82,12 +130,17 @@ impl BlkPlane {
             max_write_zeroes_sectors,
             max_ranges: max_discard_segments,
         };
-        let (backend, python): (Box<dyn Backend>, bool) = match (backend.extract::<RawFd>(), backend.cast::<NullIo>()) {
-            (Ok(fd), _) => (Box::new(FileBackend::new(duplicate(fd)?)), false),
-            (_, Ok(_)) => (Box::new(NullBackend), false),
-            _ => (Box::new(PythonBackend::new(backend)?), true),
+        let (backend, service): (Box<dyn Backend>, Service) = if let Ok(fd) = backend.extract::<RawFd>() {
+            (Box::new(FileBackend::new(duplicate(fd)?, 1)), Service::Native)
+        } else if let Ok(io) = backend.cast::<FileIo>() {
+            let FileIo { file, aio } = io.get();
+            (Box::new(file.clone()), if *aio == URING { Service::Uring(file.clone()) } else { Service::Native })
+        } else if backend.cast::<NullIo>().is_ok() {
+            (Box::new(NullBackend), Service::Native)
+        } else {
+            (Box::new(PythonBackend::new(backend)?), Service::Attached)
         };
-        Ok(Self { plane: Arc::new(blk::BlkPlane::new(backend, disk)), python })
+        Ok(Self { plane: Arc::new(blk::BlkPlane::new(backend, disk)), service })
     }
 
     #[getter]

@@ -13,12 +13,12 @@ use crate::queue::VirtQueue;
 
 /// The handler an object of Python stands for, called with `vq`.
 pub fn handler(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Arc<dyn Handler> {
-    native(object).unwrap_or_else(|| Arc::new(PythonHandler::new(object, vq)))
+    native(object, vq).unwrap_or_else(|| Arc::new(PythonHandler::new(object, vq)))
 }
 
 /// A handler that runs without Python.
-fn native(object: &Bound<'_, PyAny>) -> Option<Arc<dyn Handler>> {
-    object.cast::<BlkPlane>().ok().map(|plane| plane.get().handler())
+fn native(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Option<Arc<dyn Handler>> {
+    object.cast::<BlkPlane>().ok().map(|plane| plane.get().handler(vq.py(), &vq.get().inner))
 }
 
 /// Calls Python once per pass.

@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use crate::bench::BlkLoad;
     #[pymodule_export]
-    use crate::blk::{BlkPlane, NullIo};
+    use crate::blk::{io_uring_missing, BlkPlane, FileIo, NullIo};
     #[pymodule_export]
     use crate::chain::Chain;
     #[pymodule_export]

@@ -1,6 +1,9 @@
 """Block backends: what a disk can do, said by the methods its class defines."""
 
+import errno
 import fcntl
+import logging
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -8,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
-from pyvirtio._core import NullIo
+from pyvirtio._core import FileIo, NullIo, io_uring_missing
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import SECTOR
+
+log = logging.getLogger("pyvirtio")
 
 
 class BlockBackend:
@@ -37,12 +42,14 @@ class BlockBackend:
     """Size in bytes, a multiple of 512."""
     block_size: int = SECTOR
     """Smallest unit that is written well: a power of two, 512 or more."""
+    writethrough: bool = False
+    """The guest's writes are to be durable when they complete, unless it switches that off itself."""
 
     def offers(self, *methods: str) -> bool:
         """Whether the class defines one of the methods."""
         return any(hasattr(self, name) for name in methods)
 
-    def native(self) -> int | NullIo | None:
+    def native(self) -> int | FileIo | NullIo | None:
         """What the core does the I/O with, without Python; None where the methods of the class do it."""
         fileno: Callable[[], int] | None = getattr(self, "fileno", None)
         return fileno() if fileno else None
@@ -59,16 +66,31 @@ class File(BlockBackend):
     """A raw image or a block device. The core does its I/O without Python; the methods are for those who wrap it.
 
     Locked while open (`flock`): shared if read-only, else exclusive, so that no two machines write one image.
+
+    `cache` and `aio` are QEMU's words. `cache=none` goes past the host's page cache (O_DIRECT). `aio=auto` is io_uring
+    with that, and else `threads`, where the I/O thread itself reads and writes, which the page cache answers soonest.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
+    CACHE = ("writeback", "writethrough", "none")
+    AIO = ("auto", "threads", "io_uring")
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, readonly: bool = False, cache: str = "writeback", aio: str = "auto"
+    ) -> None:
         self.path = Path(path)
         self._readonly = readonly
+        _check_word(self.path, "cache", cache, self.CACHE)
+        _check_word(self.path, "aio", aio, self.AIO)
+        self.writethrough = cache == "writethrough"
+        self.aio = _usable_aio(self.path, aio, direct=cache == "none")
         try:
-            self._fd = os.open(self.path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+            flags = (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_DIRECT if cache == "none" else 0)
+            self._fd = os.open(self.path, flags | os.O_CLOEXEC)
         except OSError as error:
-            raise ConfigError(_why(self.path, error, readonly)) from error
+            raise ConfigError(_why(self.path, error, readonly, cache)) from error
         try:
+            if cache == "none":
+                self.block_size = self._align = _alignment(self._fd, self.path)
             self.capacity = self._checked_size()
             self._lock()
         except BaseException:
@@ -99,16 +121,33 @@ class File(BlockBackend):
     def readonly(self) -> bool:
         return self._readonly
 
+    _align = 1
+
     def fileno(self) -> int:
         return self._fd
 
+    def native(self) -> FileIo:
+        return FileIo(self._fd, align=self._align, aio=self.aio)
+
     def pread(self, length: int, offset: int) -> bytes:
-        return os.pread(self._fd, length, offset)
+        if self._align == 1:
+            return os.pread(self._fd, length, offset)
+        with mmap.mmap(-1, -(-length // self._align) * self._align) as buffer:
+            return buffer[: min(length, os.preadv(self._fd, [buffer], offset))]
 
     def pwrite(self, data: bytes, offset: int) -> None:
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            data, offset = data[written:], offset + written
+        if self._align > 1:
+            with mmap.mmap(-1, len(data)) as buffer:
+                buffer[:] = data
+                self._write_all(memoryview(buffer), offset)
+        else:
+            self._write_all(memoryview(data), offset)
+
+    def _write_all(self, data: memoryview, offset: int) -> None:
+        with data:
+            done = 0
+            while done < len(data):
+                done += os.pwritev(self._fd, [data[done:]], offset + done)
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
@@ -122,9 +161,38 @@ class File(BlockBackend):
             self._fd = -1
 
 
-def _why(path: Path, error: OSError, readonly: bool) -> str:
+def _check_word(path: Path, key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{path}: {key}={value} is not allowed: {', '.join(allowed)}")
+
+
+def _usable_aio(path: Path, wanted: str, *, direct: bool) -> str:
+    """`threads` or `io_uring`, whichever was asked for as far as the host has it."""
+    if wanted == "threads" or (wanted == "auto" and not direct):
+        return "threads"
+    if reason := io_uring_missing():
+        log.warning("%s: aio=threads, because there is no io_uring: %s", path, reason)
+        return "threads"
+    return "io_uring"
+
+
+def _alignment(fd: int, path: Path) -> int:
+    """What lengths and offsets of a file opened with O_DIRECT have to be multiples of: found out by reading."""
+    for size in (512, 1024, 2048, 4096):
+        with mmap.mmap(-1, size) as buffer:  # of whole pages, and therefore aligned
+            try:
+                os.preadv(fd, [buffer], 0)
+            except OSError:
+                continue
+            return size
+    raise ConfigError(f"{path}: cache=none: cannot be read past the page cache in pieces of 4096 bytes or less")
+
+
+def _why(path: Path, error: OSError, readonly: bool, cache: str) -> str:
     if isinstance(error, IsADirectoryError):
         return f"{path}: a directory, not a disk image"
+    if cache == "none" and error.errno == errno.EINVAL:
+        return f"{path}: cache=none is not possible on its file system"
     hint = "" if readonly or not isinstance(error, PermissionError) else " for writing (readonly=on may do)"
     return f"{path}: {error.strerror}{hint}"
 

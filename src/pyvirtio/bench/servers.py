@@ -66,7 +66,8 @@ def command(server: str, storage: Storage, num_queues: int, socket_path: Path) -
     path = str(storage.file).replace(",", ",,")
     if server == PYTHON:
         return [*serve, f"pyvirtio.bench.disks:PythonFile,path={path},{queues}"]
-    return [*serve, f"blk,queue-size=1024,{queues}", "--blk-file", str(storage.file)]
+    cache = "none" if storage.direct else "writeback"
+    return [*serve, f"blk,drive=disk,queue-size=1024,{queues}", "--drive", f"file={path},id=disk,cache={cache}"]
 
 
 def _qsd(storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
@@ -95,10 +96,17 @@ def started(arguments: list[str], socket_path: Path) -> Iterator[int]:
     with subprocess.Popen(arguments, stdin=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + START
-            while not socket_path.is_socket():
+            while not _is_listened_at(socket_path):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ProtocolError(f"{Path(arguments[0]).name} did not start")
                 time.sleep(0.01)
             yield process.pid
         finally:
             process.terminate()
+
+
+def _is_listened_at(path: Path) -> bool:
+    """Not found out by a connection: some serve one front-end only, and would take that for it."""
+    accepts = "00010000"  # __SO_ACCEPTCON
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(columns[3] == accepts and columns[-1] == str(path) for columns in sockets)

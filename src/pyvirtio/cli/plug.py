@@ -96,9 +96,11 @@ def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
     readonly = options.pop("readonly", "off")
     if readonly not in ("on", "off"):
         raise ConfigError(f"{name}: readonly={readonly} is not allowed: on or off")
+    cache, aio = options.pop("cache", "writeback"), options.pop("aio", "auto")
     if options:
-        raise ConfigError(unknown(name, "property", next(iter(options)), ["file", "id", "format", "readonly", "if"]))
-    backend = File(Path(path), readonly=readonly == "on")
+        known = ["file", "id", "format", "readonly", "if", "cache", "aio"]
+        raise ConfigError(unknown(name, "property", next(iter(options)), known))
+    backend = File(Path(path), readonly=readonly == "on", cache=cache, aio=aio)
     if image_format is None and (foreign := foreign_format(backend.pread(SECTOR, 0))):
         backend.close()
         raise ConfigError(f"{path}: a {foreign} image, and only raw ones are served; --drive ...,format=raw insists")

@@ -26,7 +26,8 @@ ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 log = logging.getLogger("pyvirtio")
 
 DRIVE_HELP = """\
-a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,if=virtio|none]. A drive that no --device names
+a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,if=virtio|none]
+[,cache=writeback|writethrough|none][,aio=auto|threads|io_uring]. A drive that no --device names
 becomes a virtio-blk-pci disk of its own, unless if=none"""
 EPILOG = """\
 On a terminal: C-a x ends the machine, C-a c switches to the monitor and back, C-a h shows more.

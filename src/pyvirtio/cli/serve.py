@@ -43,7 +43,10 @@ give up, once all is open, what serving does not need: files, programs, connecti
 class of your own, which may need them"""
 DEVICE_HELP = """\
 a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `NAME,help` lists its properties"""
-DRIVE_HELP = "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off]"
+DRIVE_HELP = (
+    "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off]"
+    "[,cache=writeback|writethrough|none][,aio=auto|threads|io_uring]"
+)
 
 log = logging.getLogger("pyvirtio")
 

@@ -68,7 +68,7 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         self.drive = drive
         self.num_queues = num_queues
         self.queue_size = queue_size
-        self.write_cache = write_cache
+        self.write_cache = write_cache and not drive.writethrough
         logical = logical_block_size or drive.block_size
         self._check(serial, logical, physical_block_size or logical, min_io_size, opt_io_size)
         self._logical = logical

@@ -5,12 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smallvec::SmallVec;
-use vm_memory::VolatileSlice;
-
+pub use super::transfer::Buffers;
+use super::transfer::{in_pieces, transfer};
 use crate::chain::{Chain, ChainError, Segment};
 use crate::counters::Counter;
-use crate::memory::GuestMemory;
 use crate::queue::{Handler, VirtQueue};
 
 const SECTOR: u64 = 512;
@@ -31,12 +29,8 @@ const FLAG_UNMAP: u32 = 1;
 const STATUS_BYTES: usize = 1;
 const RANGE_BYTES: usize = 16;
 
-/// Bytes a backend is given at a time: a guest may ask for 4 GiB in one request.
-const PIECE: usize = 1 << 20;
 /// A request that took longer does not wait for the rest of its batch.
 const SLOW: Duration = Duration::from_millis(1);
-/// Buffers one preadv takes.
-const IOV_MAX: usize = 1024;
 
 /// Why a request was not done.
 #[derive(Debug)]
@@ -59,43 +53,6 @@ impl From<io::Error> for Failure {
 impl From<ChainError> for Failure {
     fn from(_: ChainError) -> Self {
         Self::Refused
-    }
-}
-
-/// Some of the buffers of a request, in this process. The guest may change what is in them at any time.
-pub struct Buffers<'a> {
-    /// What keeps them mapped.
-    pub memory: &'a GuestMemory,
-    pub segments: &'a [Segment],
-}
-
-impl Buffers<'_> {
-    /// How many bytes they hold together.
-    pub fn total(&self) -> usize {
-        self.segments.iter().map(|segment| segment.iov_len).sum()
-    }
-
-    /// Copy `data` to the front of the buffers; return how much fitted.
-    pub fn fill(&self, data: &[u8]) -> usize {
-        let mut done = 0;
-        for segment in self.segments {
-            let n = segment.iov_len.min(data.len() - done);
-            // SAFETY: `memory` keeps the segment mapped.
-            unsafe { VolatileSlice::new(segment.iov_base.cast(), n) }.copy_from(&data[done..done + n]);
-            done += n;
-        }
-        done
-    }
-
-    /// Copy the buffers to `out`, which is as long as all of them.
-    pub fn gather(&self, out: &mut [u8]) {
-        let mut done = 0;
-        for segment in self.segments {
-            let n = segment.iov_len;
-            // SAFETY: `memory` keeps the segment mapped.
-            unsafe { VolatileSlice::new(segment.iov_base.cast(), n) }.copy_to(&mut out[done..done + n]);
-            done += n;
-        }
     }
 }
 
@@ -165,6 +122,17 @@ impl BlkCounters {
     }
 }
 
+/// What a request asks for. Offsets and lengths are bytes, whole blocks within the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    Read { offset: u64, length: usize },
+    Write { offset: u64, length: usize },
+    Flush,
+    GetId,
+    Discard,
+    WriteZeroes,
+}
+
 /// Serves the request queues of a disk, any number of them.
 pub struct BlkPlane {
     backend: Box<dyn Backend>,
@@ -198,16 +166,21 @@ impl BlkPlane {
 
     /// Answer one request; an error is why the device needs a reset.
     fn serve(&self, chain: &mut Chain) -> Result<(), String> {
-        if chain.writable_left() < STATUS_BYTES {
-            return Err("a request without a writable status byte".into());
-        }
-        let status = match self.execute(chain) {
+        let result = self.decode(chain).and_then(|op| self.execute(chain, op));
+        self.answer(chain, result)
+    }
+
+    /// Give a request back with its status.
+    pub fn answer(&self, chain: &mut Chain, result: Result<(), Failure>) -> Result<(), String> {
+        let status = match result {
             Ok(()) => S_OK,
             Err(Failure::Refused) => S_IOERR,
             Err(Failure::Unsupported) => S_UNSUPP,
             Err(Failure::Broken(reason)) => return Err(reason),
         };
-        self.counters.errors.add(u64::from(status != S_OK));
+        if status != S_OK {
+            self.counters.errors.add(1);
+        }
         chain.take_writable(chain.writable_left() - STATUS_BYTES);
         // They fail only for a stale chain, and then nobody waits for the answer.
         let _ = chain.write(&[status]);
@@ -215,7 +188,11 @@ impl BlkPlane {
         Ok(())
     }
 
-    fn execute(&self, chain: &mut Chain) -> Result<(), Failure> {
+    /// What a request asks for, checked against the disk.
+    pub fn decode(&self, chain: &mut Chain) -> Result<Op, Failure> {
+        if chain.writable_left() < STATUS_BYTES {
+            return Err(Failure::Broken("a request without a writable status byte".into()));
+        }
         let mut header = [0; 16];
         if chain.read(&mut header)? < header.len() {
             return Err(Failure::Refused);
@@ -223,37 +200,87 @@ impl BlkPlane {
         let header = u128::from_le_bytes(header);
         let (kind, sector) = (header as u32, (header >> 64) as u64);
         match kind {
-            T_IN => self.read(chain, sector),
-            T_OUT => self.write(chain, sector),
-            T_FLUSH if self.disk.flush => self.flush(),
-            T_GET_ID => self.get_id(chain),
-            T_DISCARD if self.disk.discard => self.discard(chain),
-            T_WRITE_ZEROES if self.disk.write_zeroes => self.write_zeroes(chain),
+            T_IN => self.decode_read(chain, sector),
+            T_OUT => self.decode_write(chain, sector),
+            T_FLUSH if self.disk.flush => Ok(Op::Flush),
+            T_GET_ID => Ok(Op::GetId),
+            T_DISCARD if self.disk.discard => Ok(Op::Discard),
+            T_WRITE_ZEROES if self.disk.write_zeroes => Ok(Op::WriteZeroes),
             _ => Err(Failure::Unsupported),
         }
     }
 
-    fn read(&self, chain: &mut Chain, sector: u64) -> Result<(), Failure> {
+    fn decode_read(&self, chain: &Chain, sector: u64) -> Result<Op, Failure> {
         let length = chain.writable_left() - STATUS_BYTES;
         let offset = self.disk.offset(sector, length as u64)?;
         if chain.readable_left() > 0 {
             return Err(Failure::Refused);
         }
         self.counters.reads.add(1);
-        let (done, result) =
-            in_pieces(chain, length, offset, Chain::take_writable, |into, at| self.backend.read(into, at));
-        chain.wrote(done as u32);
-        self.counters.bytes_read.add(done as u64);
-        result
+        Ok(Op::Read { offset, length })
     }
 
-    fn write(&self, chain: &mut Chain, sector: u64) -> Result<(), Failure> {
+    fn decode_write(&self, chain: &Chain, sector: u64) -> Result<Op, Failure> {
         let length = chain.readable_left();
         let offset = self.disk.offset(sector, length as u64)?;
         if self.disk.readonly || chain.writable_left() > STATUS_BYTES {
             return Err(Failure::Refused);
         }
         self.counters.writes.add(1);
+        Ok(Op::Write { offset, length })
+    }
+
+    /// Do it, on this thread.
+    pub fn execute(&self, chain: &mut Chain, op: Op) -> Result<(), Failure> {
+        match op {
+            Op::Read { offset, length } => self.read(chain, offset, length),
+            Op::Write { offset, length } => self.write(chain, offset, length),
+            Op::Flush => self.flush(),
+            Op::GetId => self.get_id(chain),
+            Op::Discard => self.discard(chain),
+            Op::WriteZeroes => self.write_zeroes(chain),
+        }
+    }
+
+    /// Read or write these buffers of a request, on this thread.
+    pub fn transfer(
+        &self,
+        chain: &mut Chain,
+        segments: &mut [Segment],
+        offset: u64,
+        write: bool,
+    ) -> Result<(), Failure> {
+        let memory = chain.memory();
+        let (done, result) = transfer(segments, offset, |segments, at| {
+            let buffers = Buffers { memory, segments };
+            if write {
+                self.backend.write(&buffers, at)
+            } else {
+                self.backend.read(&buffers, at)
+            }
+        });
+        if !write {
+            self.has_read(chain, done);
+            return result;
+        }
+        self.counters.bytes_written.add(done as u64);
+        result.and_then(|()| self.flush_if_writethrough())
+    }
+
+    fn read(&self, chain: &mut Chain, offset: u64, length: usize) -> Result<(), Failure> {
+        let (done, result) =
+            in_pieces(chain, length, offset, Chain::take_writable, |into, at| self.backend.read(into, at));
+        self.has_read(chain, done);
+        result
+    }
+
+    /// Count what was read into the guest's buffers.
+    pub fn has_read(&self, chain: &mut Chain, bytes: usize) {
+        chain.wrote(bytes as u32);
+        self.counters.bytes_read.add(bytes as u64);
+    }
+
+    fn write(&self, chain: &mut Chain, offset: u64, length: usize) -> Result<(), Failure> {
         let (done, result) =
             in_pieces(chain, length, offset, Chain::take_readable, |from, at| self.backend.write(from, at));
         self.counters.bytes_written.add(done as u64);
@@ -266,8 +293,12 @@ impl BlkPlane {
         self.backend.flush()
     }
 
+    pub fn is_writethrough(&self) -> bool {
+        self.writethrough.load(Ordering::Relaxed)
+    }
+
     fn flush_if_writethrough(&self) -> Result<(), Failure> {
-        if self.writethrough.load(Ordering::Relaxed) {
+        if self.is_writethrough() {
             self.flush()
         } else {
             Ok(())
@@ -333,66 +364,4 @@ struct Range {
     offset: u64,
     length: u64,
     flags: u32,
-}
-
-/// How many bytes were done, also if not all were.
-type Progress = (usize, Result<(), Failure>);
-
-/// Let `step` go through the next `length` bytes of the chain, which `take` finds, in pieces of bounded size.
-fn in_pieces(
-    chain: &mut Chain,
-    length: usize,
-    offset: u64,
-    take: fn(&mut Chain, usize) -> SmallVec<[Segment; 4]>,
-    mut step: impl FnMut(&Buffers<'_>, u64) -> Result<usize, Failure>,
-) -> Progress {
-    let mut done = 0;
-    while done < length {
-        let mut segments = take(chain, PIECE.min(length - done));
-        let memory = chain.memory();
-        let (more, result) = transfer(&mut segments, offset + done as u64, |segments, offset| {
-            step(&Buffers { memory, segments }, offset)
-        });
-        done += more;
-        if result.is_err() {
-            return (done, result);
-        }
-    }
-    (done, Ok(()))
-}
-
-/// Let `step` go through all segments, in as many steps as it needs.
-fn transfer(
-    segments: &mut [Segment],
-    offset: u64,
-    mut step: impl FnMut(&[Segment], u64) -> Result<usize, Failure>,
-) -> Progress {
-    let (mut rest, mut done) = (skip(segments, 0), 0);
-    while !rest.is_empty() {
-        match step(&rest[..rest.len().min(IOV_MAX)], offset + done as u64) {
-            Ok(0) => return (done, Err(Failure::Refused)),
-            Ok(n) => {
-                done += n;
-                rest = skip(rest, n);
-            }
-            Err(failure) => return (done, Err(failure)),
-        }
-    }
-    (done, Ok(()))
-}
-
-/// What is left of the segments after `n` bytes; empty ones in front are dropped.
-fn skip(segments: &mut [Segment], mut n: usize) -> &mut [Segment] {
-    let mut whole = 0;
-    while whole < segments.len() && segments[whole].iov_len <= n {
-        n -= segments[whole].iov_len;
-        whole += 1;
-    }
-    let rest = &mut segments[whole..];
-    if let Some(first) = rest.first_mut() {
-        // SAFETY: `n` is within the segment.
-        first.iov_base = unsafe { first.iov_base.cast::<u8>().add(n) }.cast();
-        first.iov_len -= n;
-    }
-    rest
 }

@@ -2,55 +2,102 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use super::aligned::{is_aligned, AlignedBuffer};
 use super::blk::{Backend, Buffers, Failure};
+use super::transfer::PIECE;
+use crate::chain::Segment;
 
 const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// Bytes of zeroes that are written at once.
+const ZEROES: usize = 64 << 10;
 
-pub struct FileBackend(File);
+/// Buffers that one preadv takes.
+pub const IOV_MAX: usize = 1024;
+
+/// A file, or a further reference to it.
+#[derive(Clone)]
+pub struct FileBackend {
+    file: Arc<File>,
+    align: usize,
+}
 
 impl FileBackend {
-    pub fn new(file: File) -> Self {
-        Self(file)
+    /// `align` is what addresses, lengths and offsets of an O_DIRECT file have to be multiples of; else it is 1.
+    pub fn new(file: File, align: usize) -> Self {
+        Self { file: Arc::new(file), align: align.max(1).next_power_of_two() }
+    }
+
+    /// Whether the file takes these buffers as they are.
+    pub fn takes(&self, segments: &[Segment]) -> bool {
+        is_aligned(segments, self.align)
+    }
+
+    /// A buffer of ours in place of the front of the driver's, which the file does not take.
+    fn bounce(&self, buffers: &Buffers<'_>) -> AlignedBuffer {
+        AlignedBuffer::new(buffers.total().min(PIECE), self.align)
     }
 
     fn fallocate(&self, mode: i32, length: u64, offset: u64) -> io::Result<()> {
         // SAFETY: no memory is involved.
-        retry(|| unsafe { libc::fallocate(self.0.as_raw_fd(), mode, offset as i64, length as i64) as isize })?;
+        retry(|| unsafe { libc::fallocate(self.as_raw_fd(), mode, offset as i64, length as i64) as isize })?;
         Ok(())
     }
 
     fn write_plain_zeroes(&self, length: u64, offset: u64) -> io::Result<()> {
+        let zeroes = AlignedBuffer::new(ZEROES.min(length as usize), self.align);
         let end = offset + length;
         let mut at = offset;
         while at < end {
-            let n = (end - at).min(ZEROES.len() as u64);
-            self.0.write_all_at(&ZEROES[..n as usize], at)?;
+            let n = (end - at).min(zeroes.len() as u64);
+            self.file.write_all_at(&zeroes[..n as usize], at)?;
             at += n;
         }
         Ok(())
     }
 }
 
+impl AsRawFd for FileBackend {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
 impl Backend for FileBackend {
     fn read(&self, into: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        let (fd, iov, count) = (self.0.as_raw_fd(), into.segments.as_ptr(), into.segments.len() as i32);
+        if !self.takes(into.segments) {
+            let mut bounce = self.bounce(into);
+            let fd = self.as_raw_fd();
+            // SAFETY: reads into a buffer of ours.
+            let done = retry(|| unsafe { libc::pread(fd, bounce.as_mut_ptr().cast(), bounce.len(), offset as i64) })?;
+            return Ok(into.fill(&bounce[..done]));
+        }
+        let (fd, iov) = (self.as_raw_fd(), into.segments.as_ptr());
+        let count = into.segments.len().min(IOV_MAX) as i32;
         // SAFETY: the segments are mapped while `into` lives, and guest memory may change under everybody's feet.
         Ok(retry(|| unsafe { libc::preadv(fd, iov, count, offset as i64) })?)
     }
 
     fn write(&self, from: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        let (fd, iov, count) = (self.0.as_raw_fd(), from.segments.as_ptr(), from.segments.len() as i32);
+        if !self.takes(from.segments) {
+            let mut bounce = self.bounce(from);
+            from.gather(&mut bounce);
+            let fd = self.as_raw_fd();
+            // SAFETY: writes a buffer of ours.
+            return Ok(retry(|| unsafe { libc::pwrite(fd, bounce.as_ptr().cast(), bounce.len(), offset as i64) })?);
+        }
+        let (fd, iov) = (self.as_raw_fd(), from.segments.as_ptr());
+        let count = from.segments.len().min(IOV_MAX) as i32;
         // SAFETY: as in `read`.
         Ok(retry(|| unsafe { libc::pwritev(fd, iov, count, offset as i64) })?)
     }
 
     fn flush(&self) -> Result<(), Failure> {
-        Ok(self.0.sync_data()?)
+        Ok(self.file.sync_data()?)
     }
 
     /// A hint: a file system without holes has done enough.
@@ -107,12 +154,12 @@ mod tests {
         // SAFETY: `fd` is open and nobody else's.
         let file = unsafe { File::from_raw_fd(fd) };
         file.write_all_at(&[1; CAPACITY], 0).unwrap();
-        FileBackend::new(file)
+        FileBackend::new(file, 1)
     }
 
     fn assert_zeroes_are_only_at(disk: &FileBackend, zeroes: std::ops::Range<usize>) {
         let mut content = vec![0; CAPACITY];
-        disk.0.read_exact_at(&mut content, 0).unwrap();
+        disk.file.read_exact_at(&mut content, 0).unwrap();
         let expected: Vec<u8> = (0..CAPACITY).map(|at| u8::from(!zeroes.contains(&at))).collect();
         assert!(content == expected);
     }

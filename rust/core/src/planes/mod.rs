@@ -1,8 +1,12 @@
 //! Planes: handlers that serve a device's queues without Python, or call it with requests that are parsed.
 
+mod aligned;
 pub mod blk;
 mod file;
 mod null;
+mod transfer;
+mod uring;
 
 pub use file::FileBackend;
 pub use null::NullBackend;
+pub use uring::{io_uring_missing, UringQueue};

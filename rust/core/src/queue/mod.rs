@@ -42,6 +42,13 @@ pub trait Handler: Send + Sync {
     fn name(&self) -> &str {
         "the handler"
     }
+    /// Whether there is something to do besides what the driver added: the host has answered. Never blocks.
+    fn has_news(&self) -> bool {
+        false
+    }
+    /// Wait for what the host was asked for, and complete it: nobody will ask for news any more. Any thread but the one
+    /// that serves.
+    fn finish(&self) {}
 }
 
 /// Where a ring lies and what the driver negotiated for it.
@@ -170,6 +177,7 @@ impl VirtQueue {
     /// Called by the handler itself it does not wait, and the service ends when the handler returns.
     pub fn stop(&self) -> (u16, u16) {
         let _alone = (!self.is_server()).then(|| self.doorbell.entry.wait_and_enter());
+        self.finish();
         let active = {
             let _no_copy_runs = self.state.exclusive();
             self.run.fetch_add(1, Ordering::Relaxed);
@@ -181,6 +189,15 @@ impl VirtQueue {
     /// Wait for a running handler; no chain is taken until `release`. What is out may be completed.
     pub fn hold(&self) {
         self.doorbell.entry.hold();
+        self.finish();
+    }
+
+    /// Wait for what the handler has asked the host for.
+    fn finish(&self) {
+        let handler = self.active().as_ref().map(|active| active.handler.clone());
+        if let (Some(handler), false) = (handler, self.is_server()) {
+            handler.finish();
+        }
     }
 
     /// End a `hold`. Look at the ring afterwards: attach, or call `service`.
@@ -253,7 +270,9 @@ impl VirtQueue {
     /// Serve by another handler from the next pass on; what the old one has taken is its to complete.
     pub fn set_handler(&self, handler: Arc<dyn Handler>) {
         let old = self.active().as_mut().map(|active| std::mem::replace(&mut active.handler, handler));
-        drop(old);
+        if let (Some(old), false) = (old, self.is_server()) {
+            old.finish();
+        }
     }
 
     /// Whether this thread is the one that serves the queue.
@@ -331,6 +350,7 @@ impl VirtQueue {
     pub fn detach(self: &Arc<Self>) {
         let kicks = self.doorbell.detach(&Served(self));
         self.counters.kicks.add(kicks);
+        self.finish();
     }
 
     /// Signal the eventfd as a kick does.
@@ -369,9 +389,9 @@ impl VirtQueue {
         self.doorbell.drain(&Served(self)) != Drained::Spent
     }
 
-    /// Whether the driver added something since the handler last looked. Leaves kicks suppressed.
+    /// Whether the driver added something since the handler last looked, or the host answered. Leaves kicks suppressed.
     pub fn has_work(&self) -> bool {
-        !self.state.is_broken() && self.active().as_ref().is_some_and(|active| active.ring.has_news())
+        !self.state.is_broken() && self.active().as_ref().is_some_and(Active::has_news)
     }
 
     /// Ask for kicks again; true if something came meanwhile, which then is the caller's to drain.

@@ -83,7 +83,11 @@ impl Active {
     pub fn rearm(&mut self) -> bool {
         let news = self.ring.rearm();
         self.mark_ring();
-        news
+        news || self.handler.has_news()
+    }
+
+    pub fn has_news(&self) -> bool {
+        self.ring.has_news() || self.handler.has_news()
     }
 
     pub fn mark_ring(&self) {
@@ -164,7 +168,11 @@ impl VirtQueue {
         let Some(active) = active.as_mut() else {
             return Ok(None);
         };
-        if self.state.is_broken() || self.doorbell.entry.is_awaited() || !active.ring.look()? {
+        if self.state.is_broken() || self.doorbell.entry.is_awaited() {
+            return Ok(None);
+        }
+        let added = active.ring.look()?;
+        if !added && !active.handler.has_news() {
             return Ok(None);
         }
         active.taken = 0;
