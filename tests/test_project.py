@@ -17,6 +17,7 @@ LAYERS = [
     ["dataplane", "events", "notifiers"],
     ["transports", "vhost"],
     ["accel", "vmm", "serve"],
+    ["lint"],
     ["cli", "lab", "demo", "bench", "testing"],
 ]
 """A module imports from its own layer and from those above it in this list."""

@@ -268,6 +268,12 @@ class VirtQueue:
     @property
     def position(self) -> tuple[int, int] | None:
         """What `stop` would return; None while the queue is not started."""
+    def watch(self, callback: Callable[[dict[str, Any] | None], object]) -> None:
+        """Call `callback(ring)` after each look at the ring, before anybody can complete what was taken, after each
+        publication, and at a start and a stop; set once for good. On the thread that does it, which waits.
+
+        `ring` is what `start` was given, a new one for each start; None while there is none.
+        """
     def set_interrupt(self, isr: Isr, vector: MsixVector | None) -> None: ...
     def set_call(self, call: CallFd | None) -> None:
         """Interrupt by writing to a front-end's fd, or not at all."""

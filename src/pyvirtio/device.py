@@ -173,6 +173,8 @@ class Device:
     active_faults: "Faults | None" = None
     """`faults`, once it has been asked for; None costs nothing."""
     _config_lock: Lock
+    watcher: "Callable[[Running], object] | None" = None
+    """Told where the device runs whenever that is new; the lint sets it."""
     _runs_on: "Callable[[], Running | None]" = staticmethod(lambda: None)
 
     def __init_subclass__(
@@ -215,6 +217,8 @@ class Device:
     def attach(self, running: "Running") -> None:
         """Its transport says where the device runs from now on; `detach` follows."""
         self._runs_on = weakref.ref(running)
+        if self.watcher is not None:
+            self.watcher(running)
         if self.active_faults is not None:
             self.active_faults.attach(running)
 

@@ -1,7 +1,7 @@
 //! `VirtQueue`.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
@@ -15,12 +15,44 @@ use crate::errors::{guest_error, os_error};
 use crate::handler::handler;
 use crate::inflight::InflightRegion;
 use crate::interrupt::{interrupt, CallFd, Isr, MsixVector};
+use crate::logging;
 use crate::memory::GuestMemory;
 use crate::tap::{Completed, PythonTap};
 
 #[pyclass(frozen, module = "pyvirtio._core")]
 pub struct VirtQueue {
     pub inner: Arc<pyvirtio_core::VirtQueue>,
+    /// What `start` was given, for who watches.
+    ring: Arc<Mutex<Option<Py<PyDict>>>>,
+}
+
+impl VirtQueue {
+    fn remember(&self, memory: &Bound<'_, GuestMemory>, config: &RingConfig) -> PyResult<()> {
+        let ring = PyDict::new(memory.py());
+        ring.set_item("memory", memory)?;
+        ring.set_item("size", config.size)?;
+        ring.set_item("desc", config.desc)?;
+        ring.set_item("avail", config.avail)?;
+        ring.set_item("used", config.used)?;
+        ring.set_item("packed", config.packed)?;
+        ring.set_item("in_order", config.in_order)?;
+        ring.set_item("event_idx", config.event_idx)?;
+        ring.set_item("indirect", config.indirect)?;
+        ring.set_item("next_avail", config.next_avail)?;
+        ring.set_item("next_used", config.next_used)?;
+        *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring.unbind());
+        Ok(())
+    }
+}
+
+/// Call Python with the ring that is in use. What goes wrong there is logged, and nothing more.
+fn look(callback: &Py<PyAny>, ring: &Mutex<Option<Py<PyDict>>>, name: &str) {
+    Python::attach(|py| {
+        let ring = ring.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|ring| ring.clone_ref(py));
+        if let Err(error) = callback.call1(py, (ring,)) {
+            logging::exception(py, &format!("{name}: exception in what watches the ring"), &error);
+        }
+    });
 }
 
 #[pymethods]
@@ -28,7 +60,7 @@ impl VirtQueue {
     #[new]
     fn new(state: &DeviceState, name: String, index: u16, max_size: u16) -> PyResult<Self> {
         pyvirtio_core::VirtQueue::new(state.inner.clone(), name, index, max_size)
-            .map(|inner| Self { inner: Arc::new(inner) })
+            .map(|inner| Self { inner: Arc::new(inner), ring: Arc::default() })
             .map_err(os_error)
     }
 
@@ -73,7 +105,7 @@ impl VirtQueue {
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn start(
         slf: &Bound<'_, Self>,
-        memory: &GuestMemory,
+        memory: &Bound<'_, GuestMemory>,
         handler: &Bound<'_, PyAny>,
         size: u32,
         desc: u64,
@@ -106,11 +138,25 @@ impl VirtQueue {
             next_used,
             inflight,
         };
-        vq.start(memory.inner.clone(), &config, self::handler(handler, slf)).map_err(guest_error)
+        vq.start(memory.get().inner.clone(), &config, self::handler(handler, slf)).map_err(guest_error)?;
+        slf.get().remember(memory, &config)?;
+        vq.looked();
+        Ok(())
+    }
+
+    fn watch(&self, callback: Py<PyAny>) {
+        let (ring, name) = (self.ring.clone(), self.inner.name().to_owned());
+        self.inner.watch(Box::new(move || look(&callback, &ring, &name)));
     }
 
     fn stop(&self, py: Python<'_>) -> (u16, u16) {
-        py.detach(|| self.inner.stop())
+        self.inner.looked();
+        let position = py.detach(|| self.inner.stop());
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if ring.is_some() {
+            self.inner.looked();
+        }
+        position
     }
 
     fn hold(&self, py: Python<'_>) {
@@ -136,8 +182,11 @@ impl VirtQueue {
         self.inner.set_interrupt(call.map(|call| Interrupt::Call(call.inner.clone())));
     }
 
-    fn set_memory(&self, memory: &GuestMemory) -> PyResult<()> {
-        self.inner.set_memory(&memory.inner).map_err(guest_error)
+    fn set_memory(&self, memory: &Bound<'_, GuestMemory>) -> PyResult<()> {
+        if let Some(ring) = &*self.ring.lock().unwrap_or_else(PoisonError::into_inner) {
+            ring.bind(memory.py()).set_item("memory", memory)?;
+        }
+        self.inner.set_memory(&memory.get().inner).map_err(guest_error)
     }
 
     fn set_handler(slf: &Bound<'_, Self>, handler: &Bound<'_, PyAny>) {

@@ -12,6 +12,7 @@ from pathlib import Path
 from pyvirtio.accel.host import linux_capable
 from pyvirtio.cli import chardev, faults, plug
 from pyvirtio.errors import ConfigError
+from pyvirtio.lint import Lint
 from pyvirtio.properties import parse_size
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.boot import Kernel, LinuxBoot, read_file
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     faults.add_argument(run)
     run.add_argument("--no-reboot", action="store_true", help="end when the guest resets itself")
+    run.add_argument("--lint", action="store_true", help="report what drivers and devices do against the specification")
     run.add_argument("--dry-run", action="store_true", help="show what would be built, and end")
     run.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
 
@@ -141,6 +143,8 @@ def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
         machine = stack.enter_context(
             Machine(boot, memory=args.memory, smp=args.smp, console_fd=output, debug_fd=debug)
         )
+        if args.lint:
+            machine.virtio_pci = Lint(drivers=args.smp).virtio_pci
         plug.plug(machine, args)
         if args.restore:
             machine.restore(args.restore)

@@ -23,6 +23,7 @@ from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES
 from pyvirtio.errors import ConfigError
+from pyvirtio.lint import Lint
 from pyvirtio.properties import bind, properties_of
 from pyvirtio.serve import sandbox
 from pyvirtio.serve.backend import MAX_VRINGS
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sandbox", choices=("on", "off"), help=SANDBOX_HELP)
     faults.add_argument(parser)
     parser.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
+    parser.add_argument("--lint", action="store_true", help="report what drivers do against the specification")
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
     parser.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
     parser.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
@@ -164,8 +166,11 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         systemd = _notify_socket(stack)
         _enter_sandbox(orders, args.sandbox)
         shared = [_iothread(f"iothread{n}", polling, stack) for n in range(args.iothreads or 0)]
+        lint = Lint()
         for order, device, sock in zip(orders, devices, sockets, strict=True):
             iothreads = shared or [_iothread(order.name, polling, stack)]
+            if args.lint:
+                lint.watch(device, order.name)
             stack.enter_context(Server(device, order.name, sock, iothreads, end.one_less))
             shared = shared[1:] + shared[:1]  # the next device begins with the next thread
         if systemd:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyvirtio._core import GuestMemory
-from pyvirtio.spec import Feature, Status
+from pyvirtio.spec import NO_VECTOR, Feature, Status
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.pci import MSIX, Msix, Pci, Window
 from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, queue_named, sleep_on
@@ -127,6 +127,8 @@ class VirtioDriver:
         if isinstance(self.registers, Legacy):
             self.registers = Legacy(self.pci, self.registers.config.layout, msix=True)
         self.common.config_msix_vector = 0
+        if self.common.config_msix_vector == NO_VECTOR:
+            raise AssertionError(f"{self.name}: no vector for the configuration")
         for index in range(len(self.function.dataplane.queues)):
             self.registers.set_queue_vector(index, min(1 + index, len(sources) - 1))
         self.config_source = sources[0]

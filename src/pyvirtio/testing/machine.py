@@ -15,6 +15,7 @@ from pyvirtio._core import GuestMemory
 from pyvirtio.accel.inproc import InProcess
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
+from pyvirtio.lint import Lint
 from pyvirtio.testing.driver import Interface, VirtioDriver
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.queue import Range
@@ -36,7 +37,8 @@ class Guest:
     """A machine to plug devices into. RAM is two adjacent regions from 0 on and, behind a hole, a third above 4 GiB.
 
     `transport`, `ioeventfd` and `indirect` are what `plug` asks for unless it is told; `ioeventfd=None` leaves it to
-    the device, and vhost-user knows nothing else. `raw` is the machine without its drivers.
+    the device, and vhost-user knows nothing else. With `lint` what drivers and devices do is checked against the
+    specification. `raw` is the machine without its drivers.
     """
 
     HIGH = 1 << 32
@@ -48,8 +50,10 @@ class Guest:
         transport: Transport = "modern",
         ioeventfd: bool | None = None,
         indirect: bool = False,
+        lint: bool = False,
         memory: int = 4 * MIB,
     ) -> None:
+        self.lint = Lint() if lint else None
         self.transport, self.ioeventfd, self.indirect = transport, ioeventfd, indirect
         self.border = memory // 2
         """Where the first region ends and the second begins."""
@@ -94,6 +98,8 @@ class Guest:
         driver: Driver
         transport = transport or self.transport
         if transport == "vhost-user":
+            if self.lint:
+                self.lint.watch(device, properties["name"])
             driver = VhostUserDriver(self, device, **properties)
         else:
             driver = self._plug_pci(device, transport, **{"ioeventfd": self.ioeventfd, **properties})
@@ -108,7 +114,8 @@ class Guest:
 
     def _plug_pci(self, device: Device, interface: Interface, **properties: Any) -> VirtioDriver:
         slot = min(set(range(1, 32)) - set(self.bus.functions))
-        function = VirtioPci(device, self.accel, iothread=self.iothread, slot=slot, **properties)
+        make = self.lint.virtio_pci if self.lint else VirtioPci
+        function = make(device, self.accel, iothread=self.iothread, slot=slot, **properties)
         self.bus.add(function)
         return VirtioDriver(self, function, interface)
 

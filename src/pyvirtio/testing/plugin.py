@@ -35,6 +35,13 @@ Serve = Callable[[Device | str], Path]
 """What the fixture `serve` is."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pyvirtio", "virtio devices")
+    group.addoption(
+        "--pyvirtio-lint", action="store_true", help="fail tests whose driver or device breaks the protocol"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
@@ -79,7 +86,7 @@ def _name(variant: dict[str, Any]) -> str:
 def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[Guest]:
     """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
     with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)):
-        yield from _machine(request.param)
+        yield from _machine({"lint": request.config.getoption("--pyvirtio-lint"), **request.param})
         request.node.funcargs.clear()  # devices that other fixtures made
         for record in caplog.get_records("call"):
             record.exc_info = None  # a traceback keeps the device alive
@@ -91,6 +98,8 @@ def _machine(choices: dict[str, Any]) -> Iterator[Guest]:
         yield machine
         for driver in machine.drivers:
             assert driver.may_break or not driver.why_broken, f"{driver.name} broke: {driver.why_broken}"
+        if machine.lint:
+            assert machine.lint.take() == [], "what the specification does not allow"
     vars(machine).clear()  # pytest keeps the object itself
 
 

@@ -39,6 +39,8 @@ class Board:
     def __init__(self, accel: Accelerator) -> None:
         self.accel = accel
         self.devices: list[VirtioPci] = []
+        self.virtio_pci: Callable[..., VirtioPci] = VirtioPci
+        """What makes a function of a device."""
         self.iothreads: dict[str, IoThread] = {}
         self.pci = PciBus([HostBridge()])
         self._closing = ExitStack()
@@ -78,7 +80,7 @@ class Board:
             pci["iothread"] = self.iothread
         with ExitStack() as undo:
             undo.callback(device.close)
-            function = VirtioPci(device, self.accel, name=name, **pci)
+            function = self.virtio_pci(device, self.accel, name=name, **pci)
             self.pci.add(function)
             undo.pop_all()
         self.on_close(function.close)

@@ -17,7 +17,7 @@ pub mod tap;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use self::doorbell::{Doorbell, Drained};
 pub use self::inflight::InflightRegion;
@@ -73,6 +73,9 @@ pub struct RingConfig {
     pub inflight: Option<InflightRegion>,
 }
 
+/// Looks at the ring whenever the queue has done something there.
+pub type Watch = Box<dyn Fn() + Send + Sync>;
+
 pub struct VirtQueue {
     state: Arc<DeviceState>,
     name: String,
@@ -88,6 +91,7 @@ pub struct VirtQueue {
     tap: Mutex<Option<Arc<dyn Tap>>>,
     /// Whether there is a tap, for those who have no lock.
     has_tap: AtomicBool,
+    watch: OnceLock<Watch>,
     pub counters: Counters,
 }
 
@@ -105,6 +109,7 @@ impl VirtQueue {
             interrupt: RwLock::new(None),
             tap: Mutex::new(None),
             has_tap: AtomicBool::new(false),
+            watch: OnceLock::new(),
             counters: Counters::default(),
         })
     }
@@ -224,9 +229,24 @@ impl VirtQueue {
         }
     }
 
+    /// Call `watch` from now on after each look at the ring, before anybody can complete what was taken, and after each
+    /// publication. On the thread that does it, with nothing locked. False if there is such a thing already.
+    pub fn watch(&self, watch: Watch) -> bool {
+        self.watch.set(watch).is_ok()
+    }
+
+    /// Call the watch, also on behalf of who knows of more that is worth a look.
+    pub fn looked(&self) {
+        if let Some(watch) = self.watch.get() {
+            watch();
+        }
+    }
+
     /// Take the next chain, if there is one. A malformed one breaks the device.
     pub fn pop(self: &Arc<Self>) -> Option<Chain> {
-        match self.try_pop() {
+        let popped = self.try_pop();
+        self.looked();
+        match popped {
             Ok(chain) => chain,
             Err(error) => {
                 self.fail(&error);
@@ -311,6 +331,9 @@ impl VirtQueue {
     }
 
     fn decided(&self, interrupt: Option<bool>) {
+        if interrupt.is_some() {
+            self.looked();
+        }
         match interrupt {
             None => (),
             Some(false) => self.counters.suppressed.add(1),

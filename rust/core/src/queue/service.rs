@@ -145,7 +145,9 @@ impl Serve for Served<'_> {
 
 impl VirtQueue {
     fn pass(self: &Arc<Self>) -> Pass {
-        let handler = match self.work() {
+        let work = self.work();
+        self.looked();
+        let handler = match work {
             Ok(Some(handler)) => handler,
             Ok(None) => return Pass::Idle,
             Err(error) => {
