@@ -8,6 +8,7 @@ from pyvirtio.cli.devices import NAMES, transport_properties
 from pyvirtio.dataplane import IoThread
 from pyvirtio.devices import load
 from pyvirtio.properties import Property, properties_of
+from pyvirtio.serve.vhost_user import Rings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 INTRODUCTION = """\
@@ -30,9 +31,10 @@ def table(title: str, properties: list[Property]) -> str:
 def page() -> str:
     devices = [table(f"`--device {name}`", properties_of(load(short))) for name, short in NAMES.items()]
     transport = table("Every device on the PCI bus", transport_properties())
+    served = table("Every device that is served (`pyvirtio serve`)", properties_of(Rings))
     iothread = table("`--object iothread`", properties_of(IoThread, ["name"]))
     chardevs = [table(f"`--chardev {name}`", properties_of(cls, ["name"])) for name, cls in CHARDEVS.items()]
-    return "".join([INTRODUCTION, *devices, transport, iothread, *chardevs])
+    return "".join([INTRODUCTION, *devices, transport, served, iothread, *chardevs])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pyvirtio.errors import ConfigError
 from pyvirtio.events import Events
 from pyvirtio.notifiers import HostNotifiers, Undo
 from pyvirtio.properties import Range
-from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, Feature
+from pyvirtio.spec import MAX_QUEUE_SIZE, MAX_QUEUES, WRAP_COUNTER, Feature
 
 MAX_DEVICE_ID = 63
 """Device types end here on PCI (virtio 1.3, 4.1.2)."""
@@ -72,6 +72,8 @@ class QueueSetup:
     avail: int = 0
     used: int = 0
     enabled: bool = False
+    reset: bool = False
+    """It was reset by itself, so that it may be set up anew while the driver is up (2.6.1)."""
 
 
 def declared_queues(device: Device, most: int = MAX_QUEUES) -> list[Queue]:
@@ -115,10 +117,15 @@ def start_ring(
     features: int,
     *,
     legacy: bool,
-    at: tuple[int, int],
+    at: tuple[int, int] | None,
     inflight: InflightRegion | None = None,
 ) -> None:
-    """Take a ring into use as the driver has set it up; `GuestError` if it cannot be one."""
+    """Take a ring into use as the driver has set it up; `GuestError` if it cannot be one.
+
+    `at` is where to go on, as `VirtQueue.stop` returned it; None for a fresh ring.
+    """
+    packed = bool(features & Feature.RING_PACKED)
+    next_avail, next_used = at or ((WRAP_COUNTER, WRAP_COUNTER) if packed else (0, 0))
     vq.start(
         memory,
         handler,
@@ -126,11 +133,13 @@ def start_ring(
         desc=setup.desc,
         avail=setup.avail,
         used=setup.used,
+        packed=packed,
+        in_order=bool(features & Feature.IN_ORDER),
         event_idx=bool(features & Feature.EVENT_IDX),
         indirect=bool(features & Feature.INDIRECT_DESC),
         notify_on_empty=legacy and bool(features & Feature.NOTIFY_ON_EMPTY),
-        next_avail=at[0],
-        next_used=at[1],
+        next_avail=next_avail,
+        next_used=next_used,
         inflight=inflight,
     )
 
@@ -195,7 +204,7 @@ class Dataplane:
         features: int,
         *,
         legacy: bool = False,
-        at: tuple[int, int] = (0, 0),
+        at: tuple[int, int] | None = None,
     ) -> None:
         """Take a ring into use; `GuestError` if it cannot be one. Served from `run` on, or by a legacy `notify`.
 
@@ -205,12 +214,9 @@ class Dataplane:
         start_ring(self.queues[index], memory, handler, setup, features, legacy=legacy, at=at)
 
     def stop_queue(self, index: int) -> None:
-        """Give one ring up (legacy QUEUE_PFN = 0); the notifiers go down and come back for the others."""
-        running = self.notifiers.running
-        self.notifiers.stop()
-        self.queues[index].stop()
-        if running:
-            self.notifiers.start()
+        """Give one ring up (queue reset, or legacy QUEUE_PFN = 0); the others are served all the time."""
+        with self.notifiers.without(index):
+            self.queues[index].stop()
 
     def activate(self, features: int) -> None:
         """Tell the device what was agreed; the first call after a reset does."""

@@ -89,6 +89,7 @@ class HostNotifiers:
         self._borrowers: dict[int, Attach] = {}
         self._refused = ""
         self._moving = False
+        self._changing: int | None = None
         self._attached = Attachments()
         self._assigned = Attachments()
         self._polled = Attachments()
@@ -187,6 +188,22 @@ class HostNotifiers:
                 self._moving = False
                 self._settle()
 
+    @contextmanager
+    def without(self, index: int) -> Iterator[None]:
+        """Around the stop or start of one queue while the others are served: its kicks go nowhere, then where they
+        are to go. One at a time."""
+        with self._lock:
+            self._changing = index
+            self._settle()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing = None
+                self._settle()
+                if self.running:
+                    self._serve_unattached()
+
     def mode(self, index: int) -> str:
         """How a kick of this queue travels now: ioeventfd, vhost, sync (with the reason), paused; - without a ring."""
         if not self._has_ring(self.queues[index]):
@@ -211,7 +228,8 @@ class HostNotifiers:
             self._serve_unattached()
 
     def _open_and_close(self) -> None:
-        ready = [vq for vq in self.queues if self._has_ring(vq) and self.running and not self.held]
+        served = self.running and not self.held
+        ready = [vq for vq in self.queues if served and self._has_ring(vq) and vq.index != self._changing]
         lend = [vq for vq in ready if self.grabbed(vq.index)]
         attach = ready if self._ioeventfd and not self.reasons else lend
         assign = [] if self._moving or self.reasons else attach  # without, a notify exits and signals the eventfd

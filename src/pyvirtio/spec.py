@@ -86,6 +86,9 @@ class NetFeature(IntFlag):
     HOST_USO = 1 << 56
 
 
+WRAP_COUNTER = 1 << 15
+"""The wrap counter, beside an index of a packed ring (2.8.1); a fresh ring starts at index 0 with the counter at 1."""
+
 SECTOR = 512
 """Bytes in the unit of the block device's `sector` and `capacity` fields (5.2.4), whatever its block size."""
 

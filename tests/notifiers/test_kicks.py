@@ -17,6 +17,8 @@ from pyvirtio.testing import Guest, VirtioDriver
 from pyvirtio.testing.queue import HANG
 from pyvirtio.testing.registers import PCI_CFG, structures
 
+RINGS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+
 
 def test_a5_on_by_default_for_blk_only(guest: Guest) -> None:
     guest.ioeventfd = None
@@ -33,8 +35,9 @@ def test_a5_switched_while_the_guest_runs(guest: Guest) -> None:
         assert [echo(q) for q in driver.echoq] == [b"hello"] * 2
 
 
-def test_a5_no_kick_is_lost_while_it_flips_under_load(guest: Guest) -> None:
-    driver = guest.plug(Echo(2, size=64))
+@RINGS
+def test_a5_no_kick_is_lost_while_it_flips_under_load(guest: Guest, packed: bool) -> None:
+    driver = guest.plug(Echo(2, size=64), packed=packed)
     done = threading.Event()
 
     def flip() -> None:
@@ -55,9 +58,10 @@ def test_a5_no_kick_is_lost_while_it_flips_under_load(guest: Guest) -> None:
     assert [vq.counters["chains"] for vq in queues_of(driver)] == [1200, 1200]
 
 
-def test_a5_every_kick_is_counted_while_it_flips(guest: Guest) -> None:
+@RINGS
+def test_a5_every_kick_is_counted_while_it_flips(guest: Guest, packed: bool) -> None:
     """Each notify either exits or signals the eventfd, and each signal is read once."""
-    driver = guest.plug(Echo())
+    driver = guest.plug(Echo(), packed=packed)
     vq = queues_of(driver)[0]
     for n in range(200):
         if n % 10 == 0:

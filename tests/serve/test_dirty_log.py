@@ -4,6 +4,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from serving import Serve, count_up
@@ -12,10 +13,12 @@ from pyvirtio.backends.block import Memory
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.serve import wire
+from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.serve.wire import Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.queue import sleep_on
+from pyvirtio.testing.serving import serve_in_process
 from pyvirtio.testing.vhost_user import MIB, FrontEnd
 
 PAGE = 4096
@@ -88,6 +91,22 @@ def test_the_used_ring_is_marked_where_the_front_end_says_that_it_lies(serve: Se
         buffer.wait()
         vm.stop_ring(vm.requestq)
         assert log.take() == pages(*buffer.writable[0]) | {LOG_ADDRESS}
+
+
+def test_the_descriptors_of_a_packed_ring_are_marked_where_they_lie(tmp_path: Path) -> None:
+    path = tmp_path / "packed.sock"
+    with (
+        serve_in_process(Rng(source=count_up), path, Rings(packed=True)),
+        FrontEnd(path) as vm,
+        logged(vm.start(features=~int(wire.LOG_ALL))) as log,
+    ):
+        log.start(used=True)
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        buffer.wait()
+        vm.stop_ring(vm.requestq)
+        ring = {page for range_ in vm.requestq.ring.device_ranges for page in pages(*range_)}
+        assert log.take() == pages(*buffer.writable[0]) | ring
 
 
 def test_a_backend_in_python_that_reads_into_guest_memory_is_marked(serve: Serve) -> None:

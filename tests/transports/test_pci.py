@@ -168,7 +168,7 @@ def test_a_device_without_a_legacy_interface_has_no_legacy_bar(guest: Guest) -> 
 @pytest.mark.parametrize(("event_idx", "indirect_desc"), [(False, True), (True, False)])
 def test_ring_features_can_be_switched_off(guest: Guest, event_idx: bool, indirect_desc: bool) -> None:
     rng = guest.plug(Rng(), start=False, event_idx=event_idx, indirect_desc=indirect_desc)
-    assert rng.registers.offered() == indirect_desc << 28 | event_idx << 29 | 1 << 32
+    assert rng.registers.offered() == indirect_desc << 28 | event_idx << 29 | 1 << 32 | 1 << 40
 
 
 def test_ioeventfd_is_the_default_of_the_device_type() -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
+from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.spec import DeviceId
 
 TYPES = {DeviceId.NET: "net", DeviceId.BLOCK: "block", DeviceId.CONSOLE: "console", DeviceId.ENTROPY: "rng"}
@@ -17,8 +19,14 @@ FRONT_ENDS = {
 MEMORY = "-object memory-backend-memfd,id=mem,size=512M,share=on -machine q35,memory-backend=mem -m 512M"
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 
-Served = tuple[str, Path | None, Device]
-"""The name of a device, its socket, and the device."""
+
+class Served(NamedTuple):
+    """A device under its name, its socket, and what it offers besides split rings."""
+
+    name: str
+    path: Path | None
+    device: Device
+    rings: Rings
 
 
 def capabilities(cls: type[Device]) -> dict[str, object]:
@@ -37,10 +45,10 @@ def qemu_args(devices: Sequence[Served]) -> str:
 
 
 def _options(served: Served) -> Iterator[tuple[str, str]]:
-    name, socket, device = served
-    path = str(socket).replace(",", ",,")
-    yield "-chardev", f"socket,id={name},path={path},reconnect=1"
-    yield "-device", f"{_front_end(device)},chardev={name}"
+    path = str(served.path).replace(",", ",,")
+    packed = ",packed=on" if served.rings.packed else ""
+    yield "-chardev", f"socket,id={served.name},path={path},reconnect=1"
+    yield "-device", f"{_front_end(served.device)}{packed},chardev={served.name}"
 
 
 def _front_end(device: Device) -> str:
@@ -54,7 +62,7 @@ def _front_end(device: Device) -> str:
 
 def libvirt_xml(devices: Sequence[Served]) -> str:
     """The parts of a domain; what libvirt has no element for goes to QEMU as it is."""
-    own = [served for served in devices if served[2].id == DeviceId.BLOCK]
+    own = [served for served in devices if served.device.id == DeviceId.BLOCK]
     others = [served for served in devices if served not in own]
     lines = ["<memoryBacking>", "  <source type='memfd'/>", "  <access mode='shared'/>", "</memoryBacking>"]
     if own:
@@ -68,10 +76,11 @@ def libvirt_xml(devices: Sequence[Served]) -> str:
 
 
 def _disk(served: Served, index: int) -> list[str]:
-    name, path, device = served
+    name, path, device, rings = served
+    packed = " packed='on'" if rings.packed else ""
     return [
         "<disk type='vhostuser' device='disk'>",
-        f"  <driver name='qemu' type='raw' queues='{len(device.queues)}'/>",
+        f"  <driver name='qemu' type='raw' queues='{len(device.queues)}'{packed}/>",
         f"  <source type='unix' path={quoteattr(str(path))}><reconnect enabled='yes' timeout='1'/></source>",
         f"  <target dev='{_disk_name(index)}' bus='virtio'/>",
         f"  <alias name='ua-{escape(name)}'/>",

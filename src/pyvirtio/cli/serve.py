@@ -24,10 +24,11 @@ from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES
 from pyvirtio.errors import ConfigError
 from pyvirtio.lint import Lint
-from pyvirtio.properties import bind, properties_of
+from pyvirtio.properties import bind, bind_each, properties_of
 from pyvirtio.serve import sandbox
 from pyvirtio.serve.backend import MAX_VRINGS
 from pyvirtio.serve.server import Server, inherited, listen
+from pyvirtio.serve.vhost_user import SPLIT_RINGS, Rings
 
 ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BLK_FILE = "blk-file"
@@ -89,6 +90,7 @@ class Order:
     options: dict[str, str]
     path: Path | None
     fd: int | None = None
+    rings: Rings = SPLIT_RINGS
 
 
 def main(args: argparse.Namespace) -> int:
@@ -103,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         options = parse(text, implied="driver")
         if wants_help(options):
             driver = options["driver"]
-            print_properties(driver, properties_of(device_class(driver, NAMES)))
+            print_properties(driver, [*properties_of(device_class(driver, NAMES)), *properties_of(Rings)])
             return 0
     if args.print_capabilities:
         print(json.dumps(capabilities(device_class(parse(texts[0], implied="driver")["driver"], NAMES)), indent=2))
@@ -155,7 +157,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         chardevs = chardev.open_chardevs(args.chardev, stack.callback)
         devices = [_device(order, drives, chardevs, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
-            served: list[Served] = [(o.name, o.path, device) for o, device in zip(orders, devices, strict=True)]
+            served = [Served(o.name, o.path, device, o.rings) for o, device in zip(orders, devices, strict=True)]
             print(qemu_args(served) if args.print_qemu_args else libvirt_xml(served))
             return 0
         poll = {} if args.poll_max_ns is None else {"poll_max_ns": args.poll_max_ns}
@@ -171,7 +173,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
             iothreads = shared or [_iothread(order.name, polling, stack)]
             if args.lint:
                 lint.watch(device, order.name)
-            stack.enter_context(Server(device, order.name, sock, iothreads, end.one_less))
+            stack.enter_context(Server(device, order.name, sock, iothreads, end.one_less, rings=order.rings))
             shared = shared[1:] + shared[:1]  # the next device begins with the next thread
         if systemd:
             systemd.sendall(b"READY=1")
@@ -203,7 +205,8 @@ def _device(order: Order, drives: dict[str, Drive], chardevs: dict[str, Chardev]
         BlockBackend: {drive.id: drive.backend for drive in drives.values()},
         Chardev: dict(chardevs),
     }
-    properties = bind(order.cls, order.options, order.name, references)
+    properties, rings = bind_each((order.cls, Rings), order.options, order.name, references)
+    order.rings = Rings(**rings)
     device = make(order.cls, properties, order.name, drives)
     stack.callback(device.close)
     device.name = order.name

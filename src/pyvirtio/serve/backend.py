@@ -128,7 +128,7 @@ class Backend:
         """The driver has reset the device: nobody waits for what is in flight."""
         for vring in self.vrings:
             vring.stop(drain=0)
-            vring.enabled, vring.base, vring.inflight = False, 0, None
+            vring.enabled, vring.base, vring.inflight = False, None, None
             vring.close_kick()
         self._reset_device()
 

@@ -16,7 +16,7 @@ from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.serve.backend import MAX_VRINGS
-from pyvirtio.serve.vhost_user import Session
+from pyvirtio.serve.vhost_user import SPLIT_RINGS, Rings, Session
 
 log = logging.getLogger("pyvirtio")
 
@@ -70,11 +70,14 @@ class Server:
         sock: socket.socket,
         iothreads: Sequence[IoThread],
         on_end: Callable[[], object] = lambda: None,
+        *,
+        rings: Rings = SPLIT_RINGS,
     ) -> None:
         device.name = name
         declared_queues(device, MAX_VRINGS)
         self.device = device
         self.iothreads = iothreads
+        self.rings = rings
         self.sock = sock
         self.listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         self.on_end = on_end
@@ -154,7 +157,7 @@ class Server:
         return False
 
     def _begin(self, connection: socket.socket) -> None:
-        self._session = Session(self.device, connection, self.iothreads)
+        self._session = Session(self.device, connection, self.iothreads, self.rings)
         self._serving = threading.Thread(
             target=self._serve, args=(self._session,), name=f"{self._thread.name} session", daemon=True
         )

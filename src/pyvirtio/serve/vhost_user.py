@@ -12,6 +12,8 @@ import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated
 
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
@@ -22,7 +24,7 @@ from pyvirtio.serve.requests import REQUESTS, Refused, handles
 from pyvirtio.serve.sharing import Sharing
 from pyvirtio.serve.vring import Vring
 from pyvirtio.serve.wire import Flag, Message, ProtocolFeature, Reply, Request
-from pyvirtio.spec import Feature, Status
+from pyvirtio.spec import WRAP_COUNTER, Feature, Status
 
 OFFERED = int(sum(ProtocolFeature))
 POLL_MS = 1
@@ -31,9 +33,24 @@ POLL_MS = 1
 log = logging.getLogger("pyvirtio")
 
 
-def offered_features(device: Device) -> int:
+@dataclass(frozen=True)
+class Rings:
+    """What a front-end is offered besides split rings; off, because some take an offer that they do not master."""
+
+    packed: Annotated[bool, "offer packed rings; the front-end has to ask for them too"] = False
+    in_order: Annotated[bool, "offer IN_ORDER: chains are given back in the order they came in"] = False
+
+    @property
+    def features(self) -> int:
+        return (Feature.RING_PACKED if self.packed else 0) | (Feature.IN_ORDER if self.in_order else 0)
+
+
+SPLIT_RINGS = Rings()
+
+
+def offered_features(device: Device, rings: Rings) -> int:
     generic = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC | Feature.ANY_LAYOUT
-    return int(device.device_features) | int(generic) | wire.PROTOCOL_FEATURES | wire.LOG_ALL
+    return int(device.device_features) | int(generic) | rings.features | wire.PROTOCOL_FEATURES | wire.LOG_ALL
 
 
 class Session(Sharing):
@@ -42,8 +59,11 @@ class Session(Sharing):
     `run` and `close` belong to one thread; `hang_up` makes `run` return, from any thread.
     """
 
-    def __init__(self, device: Device, connection: socket.socket, iothreads: Sequence[IoThread]) -> None:
+    def __init__(
+        self, device: Device, connection: socket.socket, iothreads: Sequence[IoThread], rings: Rings = SPLIT_RINGS
+    ) -> None:
         self.device = device
+        self.offered = offered_features(device, rings)
         self.connection = connection
         self.backend = Backend(device, iothreads)
         self.protocol_features = ProtocolFeature(0)
@@ -122,14 +142,18 @@ class Session(Sharing):
 
     # What is offered and agreed
 
+    @property
+    def _packed(self) -> bool:
+        return bool(self.backend.features & Feature.RING_PACKED)
+
     @handles(Request.GET_FEATURES)
     def _get_features(self, message: Message) -> Reply:
-        return wire.u64(offered_features(self.device))
+        return wire.u64(self.offered)
 
     @handles(Request.SET_FEATURES)
     def _set_features(self, message: Message) -> None:
         (features,) = message.unpack(wire.U64)
-        if refused := features & ~offered_features(self.device):
+        if refused := features & ~self.offered:
             raise ProtocolError(f"{message}: {refused:#x} was not offered")
         if (faults := self.device.active_faults) and (refused := faults.refused(features)):
             raise Refused(f"{refused:#x} is refused on purpose")
@@ -185,7 +209,7 @@ class Session(Sharing):
     def _set_vring_num(self, message: Message) -> None:
         index, size = message.unpack(wire.VRING_STATE)
         vring = self._stopped(message, index)
-        if not 1 <= size <= vring.vq.max_size or size & (size - 1):
+        if not 1 <= size <= vring.vq.max_size or (size & (size - 1) and not self._packed):
             raise ProtocolError(f"{message}: {size} entries; a power of two up to {vring.vq.max_size}")
         vring.size = size
         self.backend.settle()
@@ -208,7 +232,7 @@ class Session(Sharing):
     def _set_vring_base(self, message: Message) -> None:
         index, base = message.unpack(wire.VRING_STATE)
         vring = self._stopped(message, index)
-        if base > 0xFFFF:
+        if base > 0xFFFF and not self._packed:
             raise ProtocolError(f"{message}: {base} is no index of a split ring")
         vring.base = base
         self.backend.settle()
@@ -220,7 +244,8 @@ class Session(Sharing):
         vring = self._stopped(message, index)
         vring.close_kick()
         self.backend.recover()
-        return Reply(wire.VRING_STATE.pack(index, vring.base))
+        fresh = WRAP_COUNTER << 16 | WRAP_COUNTER if self._packed else 0
+        return Reply(wire.VRING_STATE.pack(index, fresh if vring.base is None else vring.base))
 
     @handles(Request.SET_VRING_KICK, fds=range(2))
     def _set_vring_kick(self, message: Message) -> None:

@@ -10,7 +10,7 @@ from pyvirtio.dataplane import IoThread, QueueSetup, start_ring
 from pyvirtio.device import Handler
 from pyvirtio.errors import ProtocolError
 from pyvirtio.serve.memory import MemoryTable
-from pyvirtio.spec import Feature
+from pyvirtio.spec import WRAP_COUNTER, Feature
 
 DRAIN = 1.0
 """Seconds that a stop waits for the chains which the device still holds."""
@@ -29,8 +29,10 @@ class Vring:
         self.handler = handler
         self.iothread = iothread
         self.size = vq.max_size
-        self.base = 0
-        """The next avail index: where to go on, or where it stopped."""
+        self.base: int | None = None
+        """Where to go on, or where it stopped, as SET_VRING_BASE has it: the next avail index. For a packed ring the
+        next used index is in the upper half, each with its wrap counter. None: at the start of the ring."""
+        self._packed = False
         self.addresses: tuple[int, int, int] | None = None
         """Of descriptor table, avail ring and used ring, in the front-end's process."""
         self.inflight: InflightRegion | None = None
@@ -88,10 +90,10 @@ class Vring:
         if self.running or self.addresses is None:
             return
         desc, avail, used = map(table.translate, self.addresses)
-        next_used = table.memory.load16(used + 2)  # the protocol does not tell it
         setup = QueueSetup(self.size, desc, avail, used)
         legacy = not features & Feature.VERSION_1
-        at = self.base, next_used
+        self._packed = bool(features & Feature.RING_PACKED)
+        at = self._position(table.memory, used)
         start_ring(self.vq, table.memory, self.handler, setup, features, legacy=legacy, at=at, inflight=self.inflight)
         self.vq.set_log(self._log, self.log_used)
         try:
@@ -106,6 +108,14 @@ class Vring:
             self.vq.stop()
             raise ProtocolError(f"{self.vq.name}: kick fd: {error.strerror}") from error
 
+    def _position(self, memory: GuestMemory, used: int) -> tuple[int, int] | None:
+        """The next avail and used indexes; None for those of a fresh ring."""
+        if not self._packed:
+            return self.base or 0, memory.load16(used + 2)  # the protocol does not tell it
+        if self.base is None or self.base == WRAP_COUNTER:  # DPDK leaves the upper half of a fresh ring at 0
+            return None
+        return self.base & 0xFFFF, self.base >> 16
+
     def stop(self, drain: float = DRAIN) -> None:
         """Take nothing more, wait up to `drain` seconds for what the device holds; `base` is where to go on."""
         polling, self._polling = self._polling, None
@@ -117,7 +127,8 @@ class Vring:
             time.sleep(0.001)
         if self.vq.in_flight and drain:
             log.warning("%s: stopped with %d requests in flight", self.vq.name, self.vq.in_flight)
-        self.base, _ = self.vq.stop()
+        avail, used = self.vq.stop()
+        self.base = avail | used << 16 if self._packed else avail
 
     def close(self) -> None:
         """The front-end is gone."""

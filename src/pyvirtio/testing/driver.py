@@ -9,9 +9,19 @@ from pyvirtio._core import GuestMemory
 from pyvirtio.spec import NO_VECTOR, Feature, Status
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.pci import MSIX, Msix, Pci, Window
-from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Intx, Msi, Queue, queue_named, sleep_on
+from pyvirtio.testing.queue import (
+    HANG,
+    DeviceNeedsReset,
+    Interrupts,
+    Intx,
+    Msi,
+    Queue,
+    Ring,
+    make_ring,
+    queue_named,
+    sleep_on,
+)
 from pyvirtio.testing.registers import Legacy, Modern, config_layout
-from pyvirtio.testing.ring import SplitRing
 from pyvirtio.transports.pci import VirtioPci
 
 if TYPE_CHECKING:
@@ -144,8 +154,26 @@ class VirtioDriver:
         self.registers.enable_queue(index, queue.ring)
         return queue
 
-    def make_ring(self, size: int) -> SplitRing:
-        return SplitRing.allocate(self.memory, self.heap, size, event_idx=bool(self.features & Feature.EVENT_IDX))
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue while the others go on (2.6.1); its buffers are the driver's again."""
+        self.common.queue_select = index
+        self.common.queue_reset = 1
+        deadline = time.monotonic() + HANG
+        while self.common.queue_reset or self.common.queue_enable:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name}: {HANG} s passed before queue {index} was reset")
+        self.queues[index].free()
+
+    def renew_queue(self, index: int) -> Queue:
+        """Set a queue up again that was reset, with a new ring of `queue_size` entries and its old vector."""
+        old = self.queues[index]
+        if self.msix and self.msix_wanted:
+            self.registers.set_queue_vector(index, min(1 + index, self.msix.count - 1))
+        self.queues[index] = self.set_up_queue(index, old.name, old.source)
+        return self.queues[index]
+
+    def make_ring(self, size: int) -> Ring:
+        return make_ring(self.memory, self.heap, size, self.features)
 
     def _intx(self) -> Intx:
         return Intx(self.guest.accel.lines[self.pci.slot], lambda: self.registers.read_isr())

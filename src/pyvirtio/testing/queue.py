@@ -10,13 +10,16 @@ from typing import Any, Protocol
 
 from pyvirtio._core import GuestMemory, IrqLine
 from pyvirtio.accel.inproc import InProcess
+from pyvirtio.spec import Feature
 from pyvirtio.testing.heap import Heap
-from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing, linked
+from pyvirtio.testing.packed import PackedRing
+from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing
 
 HANG = 10.0
 """Seconds after which a wait counts as a hang; nothing that works takes a hundredth of it."""
 
 Range = tuple[int, int]  # guest address, bytes
+Ring = SplitRing | PackedRing
 
 
 class DeviceNeedsReset(Exception):
@@ -90,6 +93,14 @@ class Intx:
         return True
 
 
+def make_ring(memory: GuestMemory, heap: Heap, size: int, features: int) -> Ring:
+    """A ring in fresh memory, of the kind that was agreed."""
+    event_idx, in_order = bool(features & Feature.EVENT_IDX), bool(features & Feature.IN_ORDER)
+    if features & Feature.RING_PACKED:
+        return PackedRing.allocate(memory, heap, size, event_idx=event_idx, in_order=in_order)
+    return SplitRing.allocate(memory, heap, size, event_idx=event_idx)
+
+
 def queue_named(queues: Sequence[Queue], name: str) -> Queue | list[Queue]:
     """The queue with this name in the specification, or the list of those that are numbered."""
     named = {queue.name: queue for queue in queues}
@@ -136,10 +147,11 @@ class Buffer:
         self.queue.wait_until(lambda: self.done, f"buffer {self.head} is used", timeout)
         return self.data
 
-    def finish(self, used_len: int) -> None:
+    def finish(self, used_len: int | None) -> None:
+        """None stands for all of the room: what IN_ORDER skips was used whole."""
         self.room = b"".join(self.queue.memory.read(*range_) for range_ in self.writable)
-        self.data = self.room[:used_len]
-        self.used_len = used_len
+        self.used_len = len(self.room) if used_len is None else used_len
+        self.data = self.room[: self.used_len]
         self.free()
 
     def free(self) -> None:
@@ -155,8 +167,10 @@ class Queue:
     looked at after an interrupt only, so a lost interrupt is a hang, unless `polling`.
     """
 
-    def __init__(self, driver: Driver, index: int, name: str, ring: SplitRing, interrupts: Interrupts) -> None:
-        self.driver, self.index, self.name, self.ring = driver, index, name, ring
+    def __init__(self, driver: Driver, index: int, name: str, ring: Ring, interrupts: Interrupts) -> None:
+        self.driver, self.index, self.name = driver, index, name
+        self.ring: Any = ring
+        """A `SplitRing` or a `PackedRing`; what only one of them has is for tests that know which it is."""
         self.source = interrupts
         self.memory: GuestMemory = driver.memory
         self.heap: Heap = driver.heap
@@ -181,7 +195,7 @@ class Queue:
         descs = [Desc(*range_) for range_ in out] + [Desc(*range_, WRITE) for range_ in room]
         table = None
         if self.indirect if indirect is None else indirect:
-            table = self.place_table(linked(descs, range(len(descs))))
+            table = self.place_table(self.ring.linked(descs))
             descs = [Desc(*table, INDIRECT)]
         buffer = Buffer(self, out, room, table)
         buffer.head = self.ring.add(descs)
@@ -193,13 +207,13 @@ class Queue:
         self.memory.write(address, data)
         return address, len(data)
 
-    def place_table(self, descs: Iterable[Desc]) -> Range:
+    def place_table(self, descs: Sequence[Desc]) -> Range:
         """Put an indirect table somewhere, as it is given."""
-        return self._place(b"".join(desc.pack() for desc in descs))
+        return self._place(self.ring.table(descs))
 
     def publish(self) -> bool:
         """Show what was added to the device without telling it; return whether it wants to be told."""
-        return self.ring.publish()
+        return bool(self.ring.publish())
 
     def kick(self) -> None:
         """Publish, and notify unless the device asked not to."""
@@ -243,7 +257,7 @@ class Queue:
                 else:
                     self.strays.append(used)
             self.ring.expect_interrupt()
-            if self.ring.used_idx == self.ring.next_used:
+            if not self.ring.has_used:
                 return
 
     def free(self) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from pyvirtio.device import Device
 from pyvirtio.testing.pci import BUS_MASTER, IO, MEMORY, VENDOR_SPECIFIC, Layout, Pci, Registers, Window
-from pyvirtio.testing.ring import SplitRing
+from pyvirtio.testing.queue import Ring
 
 COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG = 1, 2, 3, 4, 5
 
@@ -27,6 +27,7 @@ COMMON: Layout = {
     "queue_desc": (32, 8),
     "queue_driver": (40, 8),
     "queue_device": (48, 8),
+    "queue_reset": (58, 2),
 }
 
 LEGACY: Layout = {
@@ -79,7 +80,7 @@ class VirtioRegisters(Protocol):
     def queue_size(self, index: int) -> int: ...
     def set_queue_size(self, index: int, size: int) -> int: ...
     def set_queue_vector(self, index: int, vector: int) -> int: ...
-    def enable_queue(self, index: int, ring: SplitRing) -> None: ...
+    def enable_queue(self, index: int, ring: Ring) -> None: ...
     def notifier(self, index: int) -> tuple[Window, int]: ...
     def read_isr(self) -> int: ...
 
@@ -129,7 +130,7 @@ class Modern:
         self.common.queue_msix_vector = vector
         return self.common.queue_msix_vector
 
-    def enable_queue(self, index: int, ring: SplitRing) -> None:
+    def enable_queue(self, index: int, ring: Ring) -> None:
         self.common.queue_select = index
         self.common.queue_desc = ring.desc
         self.common.queue_driver = ring.avail
@@ -175,7 +176,7 @@ class Legacy:
         self.common.queue_msix_vector = vector
         return self.common.queue_msix_vector
 
-    def enable_queue(self, index: int, ring: SplitRing) -> None:
+    def enable_queue(self, index: int, ring: Ring) -> None:
         self.common.queue_select = index
         self.common.queue_address = ring.desc >> 12
 

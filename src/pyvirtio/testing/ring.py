@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, Protocol, overload
 
 from pyvirtio._core import GuestMemory
 from pyvirtio.testing.heap import Heap
@@ -26,6 +26,7 @@ class Desc(NamedTuple):
     next: int = 0
 
     def pack(self) -> bytes:
+        """As it stands in the table of a split ring."""
         return struct.pack("<QIHH", *self)
 
 
@@ -38,24 +39,31 @@ def linked(descs: Sequence[Desc], indexes: Sequence[int]) -> list[Desc]:
     ]
 
 
+class Areas(Protocol):
+    """Where a ring lies."""
+
+    memory: GuestMemory
+    size: int
+
+
 class Word:
     """A 16-bit field of a ring, behind `after` bytes and one `entry` for each entry of the ring."""
 
     def __init__(self, part: str, after: int, entry: int = 0) -> None:
         self.part, self.after, self.entry = part, after, entry
 
-    def address(self, ring: SplitRing) -> int:
+    def address(self, ring: Areas) -> int:
         base: int = getattr(ring, self.part)
         return base + self.after + self.entry * ring.size
 
     @overload
     def __get__(self, ring: None, owner: object) -> Word: ...
     @overload
-    def __get__(self, ring: SplitRing, owner: object) -> int: ...
-    def __get__(self, ring: SplitRing | None, owner: object) -> int | Word:
+    def __get__(self, ring: Areas, owner: object) -> int: ...
+    def __get__(self, ring: Areas | None, owner: object) -> int | Word:
         return self if ring is None else ring.memory.load16(self.address(ring))
 
-    def __set__(self, ring: SplitRing, value: int) -> None:
+    def __set__(self, ring: Areas, value: int) -> None:
         ring.memory.store16(self.address(ring), value & 0xFFFF)
 
 
@@ -104,8 +112,33 @@ class SplitRing:
         """Address and length of the only ring memory that the device writes."""
         return self.used, self.sizes(self.size)[2]
 
+    @property
+    def device_ranges(self) -> list[tuple[int, int]]:
+        """Address and length of the ring memory that the device may write."""
+        return [self.used_range]
+
+    @property
+    def driver_ranges(self) -> list[tuple[int, int]]:
+        """What `publish` and `expect_interrupt` write: flags and index, and the used event."""
+        return [(self.avail, 4), *([(self.avail + 4 + 2 * self.size, 2)] if self.event_idx else [])]
+
+    @property
+    def base(self) -> int:
+        """Where a device goes on that has completed everything, as vhost-user says it."""
+        return self.used_idx
+
     def write_desc(self, index: int, desc: Desc) -> None:
         self.memory.write(self.desc + 16 * index, desc.pack())
+
+    @staticmethod
+    def table(descs: Sequence[Desc]) -> bytes:
+        """An indirect table, with the descriptors as they are given."""
+        return b"".join(desc.pack() for desc in descs)
+
+    @staticmethod
+    def linked(descs: Sequence[Desc]) -> list[Desc]:
+        """The descriptors of a chain as they are to stand in an indirect table."""
+        return linked(descs, range(len(descs)))
 
     def write_avail(self, slot: int, head: int) -> None:
         """Entry of the avail ring; `slot` counts on past the size."""
@@ -141,9 +174,14 @@ class SplitRing:
             return (new - self.avail_event - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not self.used_flags & NO_NOTIFY
 
+    @property
+    def has_used(self) -> bool:
+        """Whether the device gave something back that `pop_used` has not returned."""
+        return self.used_idx != self.next_used
+
     def pop_used(self) -> tuple[int, int] | None:
         """The next (head, length) that the device gave back."""
-        if self.used_idx == self.next_used:
+        if not self.has_used:
             return None
         head, length = self.used_element(self.next_used)
         self.next_used = (self.next_used + 1) & 0xFFFF

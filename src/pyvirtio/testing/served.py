@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyvirtio.device import Device
 from pyvirtio.serve import wire
 from pyvirtio.serve.server import Server
+from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.serve.wire import Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.pci import Registers
@@ -65,11 +66,20 @@ class VhostUserDriver(FrontEnd):
     """
 
     def __init__(
-        self, guest: Guest, device: Device, *, name: str, event_idx: bool = True, indirect_desc: bool = True
+        self,
+        guest: Guest,
+        device: Device,
+        *,
+        name: str,
+        event_idx: bool = True,
+        indirect_desc: bool = True,
+        packed: bool = False,
+        in_order: bool = False,
     ) -> None:
         ours, theirs = socket.socketpair()
         self.guest, self.device = guest, device
-        self.server = Server(device, name, theirs, [guest.iothread]).start()
+        rings = Rings(packed=packed, in_order=in_order)
+        self.server = Server(device, name, theirs, [guest.iothread], rings=rings).start()
         super().__init__(ours, memory=guest.memory, heap=guest.heap, name=name)
         self.announcements = Announcements(self.err)
         self.config: Any = Registers(ConfigSpace(self), 0, config_layout(device))  # type: ignore[arg-type]

@@ -11,17 +11,18 @@ from pathlib import Path
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
 from pyvirtio.serve.server import Server, listen
+from pyvirtio.serve.vhost_user import SPLIT_RINGS, Rings
 
 START = 60.0
 """Seconds after which a child that has not opened its socket counts as hung."""
 
 
 @contextmanager
-def serve_in_process(device: Device, path: Path) -> Iterator[Server]:
+def serve_in_process(device: Device, path: Path, rings: Rings = SPLIT_RINGS) -> Iterator[Server]:
     """Serve `device` at `path` with an I/O thread of its own; closes the device in the end."""
     iothread = IoThread("served", poll_max_ns=0)
     try:
-        with Server(device, "served", listen(path), [iothread]) as server:
+        with Server(device, "served", listen(path), [iothread], rings=rings) as server:
             yield server
     finally:
         device.close()

@@ -12,10 +12,8 @@ from typing import Any, Self
 from pyvirtio._core import GuestMemory
 from pyvirtio.serve import wire
 from pyvirtio.serve.wire import Flag, ProtocolFeature, Request
-from pyvirtio.spec import Feature
 from pyvirtio.testing.heap import Heap
-from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Queue, queue_named, sleep_on
-from pyvirtio.testing.ring import SplitRing
+from pyvirtio.testing.queue import HANG, DeviceNeedsReset, Interrupts, Queue, make_ring, queue_named, sleep_on
 
 MIB = 1 << 20
 USER = 0x7F00_0000_0000
@@ -202,19 +200,20 @@ class FrontEnd(Connection):
         if self.inflight:
             self.set_inflight()
         for queue in self.queues:
-            self.start_ring(queue, queue.ring.used_idx)
+            self.start_ring(queue)
 
     def set_up_queue(self, index: int, name: str, size: int) -> Queue:
-        ring = SplitRing.allocate(self.memory, self.heap, size, event_idx=bool(self.features & Feature.EVENT_IDX))
+        ring = make_ring(self.memory, self.heap, size, self.features)
         queue = Queue(self, index, name, ring, Eventfd())
         self.queues.append(queue)
         self.kicks.append(os.eventfd(0, os.EFD_NONBLOCK))
         self.start_ring(queue)
         return queue
 
-    def start_ring(self, queue: Queue, base: int = 0) -> None:
-        """All that a vring needs, in QEMU's order."""
+    def start_ring(self, queue: Queue, base: int | None = None) -> None:
+        """All that a vring needs, in QEMU's order; it goes on behind what was used unless `base` says where."""
         index, ring = queue.index, queue.ring
+        base = ring.base if base is None else base
         self.acked(Request.SET_VRING_ERR, wire.U64.pack(index), [self.err.fd])
         self.acked(Request.SET_VRING_CALL, wire.U64.pack(index), queue.source.fds())
         self.acked(Request.SET_VRING_ENABLE, wire.VRING_STATE.pack(index, 1))

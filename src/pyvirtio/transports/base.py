@@ -112,9 +112,12 @@ class DriverState:
 
     @property
     def configurable(self) -> QueueSetup | None:
-        """The selected queue while its registers may be written: it is disabled and DRIVER_OK is clear."""
+        """The selected queue while its registers may be written: it is disabled, and DRIVER_OK is clear or it was
+        reset by itself."""
         setup = self.setup(self.queue_select)
-        return setup if setup and not setup.enabled and Status.DRIVER_OK not in self._status else None
+        if setup is None or setup.enabled:
+            return None
+        return setup if setup.reset or Status.DRIVER_OK not in self._status else None
 
     def offered_word(self) -> int:
         """device_feature: 32 bits of what is offered; 0 beyond the end."""
@@ -172,6 +175,31 @@ class DriverState:
             self.features = self.driver_features & (self.legacy_offered or 0)
             self.legacy = True
 
+    def has_agreed(self, feature: Feature) -> bool:
+        return bool((self.features or 0) & feature)
+
+    def enable_queue(self) -> None:
+        """queue_enable = 1: the selected queue is served from DRIVER_OK on, or at once if it was reset by itself."""
+        setup, index = self.configurable, self.queue_select
+        if setup is None:
+            return
+        setup.enabled, setup.reset = True, False
+        if self._running:
+            with self.dataplane.notifiers.without(index):
+                self._guard(lambda: self._start_queue(index))
+
+    def reset_queue(self) -> None:
+        """queue_reset = 1 (2.6.1): forget the selected queue. Waits for a handler that runs; its chains are stale."""
+        setup = self.setup(self.queue_select)
+        if setup and setup.enabled:
+            self._give_up(self.queue_select)
+            most = self.dataplane.queues[self.queue_select].max_size
+            self.setups[self.queue_select] = QueueSetup(size=most, reset=True)
+
+    def _give_up(self, index: int) -> None:
+        self.dataplane.stop_queue(index)
+        self._positions.pop(index, None)
+
     def start_legacy_queue(self, setup: QueueSetup) -> None:
         """QUEUE_PFN: served from now on, because a legacy driver may kick before DRIVER_OK."""
         self.agree_legacy()
@@ -186,8 +214,7 @@ class DriverState:
         """QUEUE_PFN = 0: give the selected ring up."""
         setup = self.setup(self.queue_select)
         if setup and setup.enabled:
-            self.dataplane.stop_queue(self.queue_select)
-            self._positions.pop(self.queue_select, None)
+            self._give_up(self.queue_select)
             self.setups[self.queue_select] = QueueSetup(size=setup.size)
 
     def read_config(self) -> bytes:
@@ -269,7 +296,7 @@ class DriverState:
     def _start_queue(self, index: int) -> None:
         if not self.dataplane.queues[index].ready:
             features = self.features or 0
-            at = self._positions.pop(index, (0, 0))
+            at = self._positions.pop(index, None)
             self.dataplane.start_queue(index, self.memory, self.setups[index], features, legacy=self.legacy, at=at)
 
     def _pause(self) -> None:

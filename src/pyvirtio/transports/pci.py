@@ -83,11 +83,15 @@ class VirtioPci(PciFunction):
         modern_pio_notify: Annotated[bool, "a notify register in I/O space as well"] = False,
         event_idx: Annotated[bool, "offer EVENT_IDX"] = True,
         indirect_desc: Annotated[bool, "offer indirect descriptors"] = True,
+        packed: Annotated[bool, "offer packed rings"] = False,
+        in_order: Annotated[bool, "offer IN_ORDER: chains are given back in the order they came in"] = False,
     ) -> None:
         has_legacy = device.id in TRANSITIONAL_IDS and not disable_legacy
         if disable_modern and not has_legacy:
             reason = "disable-legacy" if disable_legacy else f"device type {device.id}"
             raise ConfigError(f"{name}: disable-modern with {reason} leaves no interface")
+        if disable_modern and packed:
+            raise ConfigError(f"{name}: packed with disable-modern: the legacy interface has split rings only")
         self.name = name
         self.device = device
         self.accel = accel
@@ -102,7 +106,14 @@ class VirtioPci(PciFunction):
             ioeventfd=device.ioeventfd if ioeventfd is None else ioeventfd,
         )
         self._add_interrupts(len(self.dataplane.queues) + 1 if vectors is None else vectors)
-        self.driver = self._driver_state(has_legacy, event_idx, indirect_desc)
+        generic = {
+            Feature.EVENT_IDX: event_idx,
+            Feature.INDIRECT_DESC: indirect_desc,
+            Feature.RING_PACKED: packed,
+            Feature.IN_ORDER: in_order,
+            Feature.RING_RESET: True,
+        }
+        self.driver = self._driver_state(has_legacy, sum(feature for feature, offer in generic.items() if offer))
         self.legacy = self._add_legacy() if has_legacy else None
         self.common = None if disable_modern else self._add_modern(modern_pio_notify)
         self.vhost = VhostNet(self.driver, self.interrupts, device.vhost) if device.vhost else None
@@ -228,11 +239,9 @@ class VirtioPci(PciFunction):
             self.add_bar(Bar(MSIX_BAR, BarKind.MEM32, self.msix.bar_size))
         self.interrupts = Interrupts(self.dataplane, self.accel.intx_line(self.slot), self.msix)
 
-    def _driver_state(self, has_legacy: bool, event_idx: bool, indirect_desc: bool) -> DriverState:
+    def _driver_state(self, has_legacy: bool, generic: int) -> DriverState:
         # Plain integers: the complement of an IntFlag has the bits of its class only.
-        offered = int(self.device.device_features) | int(Feature.VERSION_1)
-        offered |= int(Feature.EVENT_IDX) if event_idx else 0
-        offered |= int(Feature.INDIRECT_DESC) if indirect_desc else 0
+        offered = int(self.device.device_features) | int(Feature.VERSION_1) | int(generic)
         legacy = offered & 0xFFFFFFFF | int(Feature.NOTIFY_ON_EMPTY | Feature.ANY_LAYOUT)
         return DriverState(
             self.dataplane,

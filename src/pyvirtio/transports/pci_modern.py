@@ -5,10 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+from pyvirtio.spec import NO_VECTOR, Feature
 from pyvirtio.transports.base import DriverState
 from pyvirtio.transports.pci_interrupts import Interrupts
 
-LAYOUT = struct.Struct("<IIIIHHBBHHHHHQQQ")
+LAYOUT = struct.Struct("<IIIIHHBBHHHHHQQQHH")
 
 Ring = Literal["desc", "avail", "used"]
 
@@ -30,6 +31,7 @@ class CommonConfig:
             (24, 2): self._set_size,
             (26, 2): self._set_vector,
             (28, 2): self._enable,
+            (58, 2): self._reset_queue,
         }
         rings: tuple[tuple[int, Ring], ...] = ((32, "desc"), (40, "avail"), (48, "used"))
         for offset, ring in rings:
@@ -58,6 +60,8 @@ class CommonConfig:
             driver.dataplane.device.config_generation,
             select,
             *self._queue_registers(select),
+            0,  # queue_notif_config_data: NOTIF_CONFIG_DATA is not offered
+            0,  # queue_reset: a reset is done when the write to it is
         )
 
     def _queue_registers(self, select: int) -> tuple[int, ...]:
@@ -80,7 +84,8 @@ class CommonConfig:
     def _set_size(self, value: int) -> None:
         setup = self.driver.configurable
         largest = self.driver.dataplane.queues[self.driver.queue_select].max_size if setup else 0
-        if setup and 0 < value <= largest and value & (value - 1) == 0:
+        packed = self.driver.has_agreed(Feature.RING_PACKED)
+        if setup and 0 < value <= largest and (packed or value & (value - 1) == 0):
             setup.size = value
 
     def _set_vector(self, value: int) -> None:
@@ -88,9 +93,13 @@ class CommonConfig:
             self.interrupts.set_queue_vector(self.driver.queue_select, value)
 
     def _enable(self, value: int) -> None:
-        setup = self.driver.configurable
-        if setup and value == 1:
-            setup.enabled = True
+        if value == 1:
+            self.driver.enable_queue()
+
+    def _reset_queue(self, value: int) -> None:
+        if value == 1 and self.driver.has_agreed(Feature.RING_RESET):
+            self.driver.reset_queue()
+            self._set_vector(NO_VECTOR)
 
     def _set_address(self, ring: Ring, shift: int, width: int, value: int) -> None:
         setup = self.driver.configurable
