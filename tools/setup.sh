@@ -51,6 +51,8 @@ missing_packages() {
     has_any /usr/share/seabios/bios-256k.bin || echo seabios
     has_kernel || kernel_package
     has_static_busybox || echo busybox-static
+    command -v nbdkit >/dev/null || echo nbdkit nbdkit-plugin-python
+    command -v qemu-nbd >/dev/null || echo qemu-utils
     command -v zstd >/dev/null || echo zstd
     command -v lz4 >/dev/null || echo lz4
     command -v xz >/dev/null || echo xz-utils

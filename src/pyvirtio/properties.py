@@ -127,7 +127,8 @@ def properties_of(cls: type, given: Collection[str] = ()) -> list[Property]:
         raise ConfigError(f"{cls.__name__}.__init__: cannot read its annotations: {error}") from None
     found = []
     for parameter in inspect.signature(init).parameters.values():
-        if parameter.name in hints and parameter.name not in given:
+        collects = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.name in hints and parameter.name not in given and not collects:
             annotation, extras = _unwrap(hints[parameter.name])
             kind = _kind(annotation, extras)
             if kind is not None:

@@ -9,10 +9,11 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pyvirtio._core import FileIo, NullIo, io_uring_missing
 from pyvirtio.errors import ConfigError
+from pyvirtio.properties import Size
 from pyvirtio.spec import SECTOR
 
 log = logging.getLogger("pyvirtio")
@@ -200,7 +201,7 @@ def _why(path: Path, error: OSError, readonly: bool, cache: str) -> str:
 class Memory(BlockBackend):
     """A RAM disk of `capacity` bytes, zero at first."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: Annotated[Size, "bytes of the disk"]) -> None:
         if capacity < SECTOR or capacity % SECTOR:
             raise ConfigError(f"Memory: {capacity} bytes; a disk is whole sectors of {SECTOR} bytes, at least one")
         self.capacity = capacity
@@ -228,7 +229,7 @@ class Memory(BlockBackend):
 class Null(BlockBackend):
     """A disk that does nothing, as QEMU's null-co: for measuring what everything around a disk costs."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: Annotated[Size, "bytes of the disk"]) -> None:
         self.capacity = capacity
 
     def native(self) -> NullIo:

@@ -3,22 +3,20 @@
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Container
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Container
 from typing import Any
 
-from pyvirtio.backends.block import BlockBackend, File
+from pyvirtio.backends.block import BlockBackend
 from pyvirtio.backends.chardev import Chardev
-from pyvirtio.backends.formats import foreign_format
 from pyvirtio.cli import chardev, faults
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
+from pyvirtio.cli.drives import Drive, open_drives
+from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, bind_each, properties_of, show_size, unknown
-from pyvirtio.spec import SECTOR
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.transports.pci_config import Bar, BarKind
 from pyvirtio.vmm.board import Board
@@ -26,19 +24,10 @@ from pyvirtio.vmm.board import Board
 DISK = "virtio-blk-pci"
 
 
-@dataclass
-class Drive:
-    """One `--drive`. `used_by` is the name of its device."""
-
-    id: str
-    backend: File
-    on_its_own: bool
-    used_by: str | None = None
-
-
 def show_help(args: argparse.Namespace) -> bool:
     """Print the tables that the options ask for with `help`; whether there were any."""
     asked = chardev.show_help(args.chardev)
+    asked = show_drive_help(args.drive) or asked
     for text in args.device:
         options = parse(text, implied="driver")
         if wants_help(options):
@@ -72,39 +61,6 @@ def _add_iothread(board: Board, options: dict[str, str]) -> None:
         raise ConfigError(unknown("--object", "type", kind, ["iothread"]))
     name = take_id(options, board.iothreads, "--object iothread")
     board.add_iothread(name, **bind(IoThread, options, name, given=("name",)))
-
-
-def open_drives(texts: list[str], on_close: Callable[[Callable[[], object]], object]) -> dict[str, Drive]:
-    """The drives by id; `on_close` is told how to close each."""
-    drives: dict[str, Drive] = {}
-    for text in texts:
-        drive = _open_drive(parse(text), drives)
-        on_close(drive.backend.close)
-        drives[drive.id] = drive
-    return drives
-
-
-def _open_drive(options: dict[str, str], drives: dict[str, Drive]) -> Drive:
-    name = take_id(options, drives, "--drive", otherwise=f"drive{len(drives)}")
-    path = take(options, "file", name)
-    image_format = options.pop("format", None)
-    if image_format not in (None, "raw"):
-        raise ConfigError(f"{name}: format={image_format} is not supported: raw")
-    interface = options.pop("if", "virtio")
-    if interface not in ("virtio", "none"):
-        raise ConfigError(f"{name}: if={interface} is not allowed: virtio or none")
-    readonly = options.pop("readonly", "off")
-    if readonly not in ("on", "off"):
-        raise ConfigError(f"{name}: readonly={readonly} is not allowed: on or off")
-    cache, aio = options.pop("cache", "writeback"), options.pop("aio", "auto")
-    if options:
-        known = ["file", "id", "format", "readonly", "if", "cache", "aio"]
-        raise ConfigError(unknown(name, "property", next(iter(options)), known))
-    backend = File(Path(path), readonly=readonly == "on", cache=cache, aio=aio)
-    if image_format is None and (foreign := foreign_format(backend.pread(SECTOR, 0))):
-        backend.close()
-        raise ConfigError(f"{path}: a {foreign} image, and only raw ones are served; --drive ...,format=raw insists")
-    return Drive(name, backend, on_its_own=interface == "virtio")
 
 
 def _add_device(board: Board, drives: dict[str, Drive], chardevs: dict[str, Chardev], options: dict[str, str]) -> None:

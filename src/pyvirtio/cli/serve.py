@@ -16,9 +16,11 @@ from pyvirtio.backends.block import BlockBackend
 from pyvirtio.backends.chardev import Chardev
 from pyvirtio.cli import chardev, faults
 from pyvirtio.cli.devices import device_class
+from pyvirtio.cli.drives import Drive, open_drives
+from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
-from pyvirtio.cli.plug import Drive, make, next_name, open_drives
+from pyvirtio.cli.plug import make, next_name
 from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES
@@ -97,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     if chardev.show_help(args.chardev):
         return 0
     texts = [*([args.what] if args.what else []), *args.device]
-    if faults.show_help(args):
+    if faults.show_help(args) or show_drive_help(args.drive):
         return 0
     if not texts:
         raise ConfigError("serve: name a device, such as `blk` or `rng`")
