@@ -44,12 +44,18 @@ kernel_package() {
     if [ "$(distribution)" = debian ]; then echo linux-image-cloud-amd64; else echo linux-image-virtual; fi
 }
 
+# Not every release has it.
+uml_package() {
+    if apt-cache show user-mode-linux >/dev/null 2>&1; then echo user-mode-linux; fi
+}
+
 missing_packages() {
     command -v cc >/dev/null || echo gcc libc6-dev
     command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
     has_any /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/lib/virtiofsd || virtiofsd_package
     has_any /usr/share/seabios/bios-256k.bin || echo seabios
     has_kernel || kernel_package
+    command -v linux.uml >/dev/null || uml_package
     has_static_busybox || echo busybox-static
     command -v nbdkit >/dev/null || echo nbdkit nbdkit-plugin-python
     command -v qemu-nbd >/dev/null || echo qemu-utils

@@ -13,10 +13,15 @@ from pyvirtio.backends.block import File, Memory
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.serve import wire
-from pyvirtio.serve.wire import Request
+from pyvirtio.serve.wire import ProtocolFeature, Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.vhost_user import MIB, FrontEnd
+
+
+def test_the_message_that_agrees_on_acknowledgements_is_acknowledged(serve: Serve) -> None:
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        assert vm.tell(Request.SET_PROTOCOL_FEATURES, wire.U64.pack(ProtocolFeature.REPLY_ACK)) == 0
 
 
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])

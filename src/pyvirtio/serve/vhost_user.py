@@ -118,7 +118,6 @@ class Session(Sharing):
 
     def _answer(self, message: Message) -> Reply | None:
         """The reply, if there is to be one."""
-        wants_ack = message.flags & Flag.NEED_REPLY and ProtocolFeature.REPLY_ACK in self.protocol_features
         try:
             reply = self._handle(message)
         except (Refused, GuestError) as error:
@@ -129,8 +128,13 @@ class Session(Sharing):
             log.exception("%s: %s failed", self.device.name, message)
             self.backend.state.fail(f"{error}" or type(error).__name__)
         else:
-            return wire.u64(0) if reply is None and wants_ack else reply
-        return wire.u64(1) if wants_ack else None
+            return reply or self._acknowledgement(message, 0)
+        return self._acknowledgement(message, 1)
+
+    def _acknowledgement(self, message: Message, value: int) -> Reply | None:
+        """If it is asked for, and agreed on: maybe by this very message, as User-mode Linux has it."""
+        asked = message.flags & Flag.NEED_REPLY and ProtocolFeature.REPLY_ACK in self.protocol_features
+        return wire.u64(value) if asked else None
 
     def _handle(self, message: Message) -> Reply | None:
         known = REQUESTS.get(Request(message.request)) if message.request in set(Request) else None
