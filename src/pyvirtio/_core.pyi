@@ -187,6 +187,13 @@ class Chain:
         """
     def wrote(self, length: int) -> None:
         """Count `length` bytes that were written through `buffers`; `ValueError` for more than it gave room for."""
+    def discard(self, address: int, length: int) -> None:
+        """Give the whole pages in a range of guest memory back to the host; they read as zeroes until they are written.
+
+        `GuestError` if it is not all RAM, `OSError` if the host cannot.
+        """
+    def discard_buffers(self) -> None:
+        """The same for the pages of the device-writable buffers."""
     def complete(self) -> None:
         """Give the chain back to the driver, with what was written as the used length.
 
@@ -417,6 +424,8 @@ class BlkPlane:
         max_write_zeroes_sectors: int = 0,
         max_discard_segments: int = 1,
     ) -> Self: ...
+    capacity: int
+    """Requests that pass its end are refused; may change while others are served."""
     writethrough: bool
     """Flush after every write (the driver did not take VIRTIO_BLK_F_FLUSH, or switched the cache off)."""
     @property

@@ -9,6 +9,7 @@ import pytest
 from pyvirtio import BlockBackend
 from pyvirtio.backends.block import File, Memory
 from pyvirtio.devices.blk import Blk
+from pyvirtio.errors import ConfigError
 from pyvirtio.spec import BlkFeature
 from pyvirtio.testing import Guest, Interface
 from pyvirtio.testing.blk import SECTOR, Disk, Kind, Verdict
@@ -324,3 +325,40 @@ def test_the_counters_tell_what_was_done(guest: Guest, blk: Blk) -> None:
     assert (counters["reads"], counters["bytes_read"]) == (1, 1024)
     assert (counters["writes"], counters["bytes_written"]) == (1, 512)
     assert (counters["flushes"], counters["errors"]) == (1, 1)
+
+
+def test_a_disk_that_grows_is_told_of_and_can_be_written_to_its_new_end(guest: Guest, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(64 * 512))
+    blk = Blk(File(image))
+    driver = guest.plug(blk)
+    disk = Disk(driver)
+    blk.resize(128 * 512)
+    assert (driver.config.capacity, driver.config_interrupts) == (128, 1)
+    disk.write(127, b"\7" * 512)
+    assert image.read_bytes()[-512:] == b"\7" * 512
+    blk.resize(64 * 512)
+    assert driver.config.capacity == 64
+    with pytest.raises(OSError, match="IOERR"):
+        disk.write(127, b"\7" * 512)
+    assert image.stat().st_size == 64 * 512
+
+
+def test_a_disk_of_another_kind_cannot_be_resized(tmp_path: Path) -> None:
+    class Fixed(BlockBackend):
+        """A disk that has one size."""
+
+        capacity = 512
+
+        def pread(self, length: int, offset: int) -> bytes:
+            return bytes(length)
+
+    with pytest.raises(ConfigError, match="a Fixed cannot be resized"):
+        Blk(Fixed()).resize(1024)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(512))
+    blk = Blk(File(image, readonly=True))
+    with pytest.raises(ConfigError, match="only an image that may be written"):
+        blk.resize(1024)
+    assert blk.plane.capacity == 512
+    blk.close()

@@ -7,6 +7,7 @@ import pytest
 
 from pyvirtio.accel.inproc import InProcess
 from pyvirtio.backends.block import Memory
+from pyvirtio.devices.balloon import Balloon
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.errors import ConfigError
@@ -15,6 +16,7 @@ from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.layout import MIB
 from pyvirtio.vmm.monitor import HELP, Monitor, format_table
 
+KNOWN = "info, set, fault, balloon, block_resize, set_link, snapshot, stop, cont, help, quit"
 THINGS = "blk0, rng0, io0, iothread"
 
 
@@ -38,7 +40,7 @@ class Paper(Board):
         if path.name == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if path.name == "early":
-            raise ConfigError("snapshot: the guest is not running")
+            raise ConfigError("the guest is not running")
         self.told.append(f"snapshot {path}")
 
 
@@ -46,7 +48,7 @@ class Paper(Board):
 def board() -> Iterator[Paper]:
     with Paper() as board:
         board.add_iothread("io0")
-        board.add(Blk(Memory(1 << 20), num_queues=2), "blk0")
+        board.add(Blk(Memory(1 << 20), num_queues=2, logical_block_size=4096), "blk0")
         board.add(Rng(), "rng0")
         yield board
 
@@ -90,13 +92,28 @@ def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Paper
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("nonsense", "unknown command 'nonsense'; known are: info, set, fault, snapshot, stop, cont, help, quit"),
-        ("quit now", "unknown command 'quit'; known are: info, set, fault, snapshot, stop, cont, help, quit"),
-        ("info", "info: known are: devices, queues, faults"),
-        ("info weather", "info: known are: devices, queues, faults"),
+        ("nonsense", f"unknown command 'nonsense'; known are: {KNOWN}"),
+        ("quit now", f"unknown command 'quit'; known are: {KNOWN}"),
+        ("info", "info: known are: devices, queues, faults, balloon"),
+        ("info weather", "info: known are: devices, queues, faults, balloon"),
         ("set", "set: write for example: set blk0.ioeventfd off"),
         ("set blk9.ioeventfd off", "set blk9.ioeventfd: no such device or I/O thread; there are: " + THINGS),
         ("set ioeventfd off", "set ioeventfd: no such device or I/O thread; there are: " + THINGS),
+        ("balloon 5", "balloon: the machine has no virtio-balloon-pci"),
+        ("info balloon", "info balloon: the machine has no virtio-balloon-pci"),
+        ("balloon", "balloon: write for example: balloon 256"),
+        ("balloon much", "balloon: much is not allowed: MiB from 1 to 16, all that the guest has"),
+        ("balloon 17", "balloon: 17 is not allowed: MiB from 1 to 16, all that the guest has"),
+        ("block_resize blk0", "block_resize: write for example: block_resize blk0 2G"),
+        ("block_resize rng0 1M", "block_resize: rng0 is no disk"),
+        ("block_resize blk9 1M", "block_resize: no device blk9; there are: blk0, rng0"),
+        ("block_resize blk0 big", "block_resize: big is not a size such as 512M or 2G"),
+        ("block_resize blk0 1026k", "block_resize: 1050624 bytes; a disk is whole blocks of 4096 bytes, at least one"),
+        ("block_resize blk0 0", "block_resize: 0 bytes; a disk is whole blocks of 4096 bytes, at least one"),
+        ("set_link rng0 off", "set_link: rng0 is no network device"),
+        ("snapshot", "snapshot: write for example: snapshot /tmp/guest.snapshot"),
+        ("snapshot /full", "snapshot: No space left on device"),
+        ("snapshot /early", "snapshot: the guest is not running"),
         ("set blk0.vectors 3", "set blk0.vectors: only ioeventfd can be switched while the machine runs"),
         ("set blk0.ioeventfd maybe", "set blk0.ioeventfd maybe: allowed are on and off"),
         ("set io0.poll-grow 3", "set io0.poll-grow: only poll-max-ns can be changed while the machine runs"),
@@ -145,3 +162,23 @@ def test_a_mistake_about_faults_is_one_line(monitor: Monitor, line: str, message
     answer = monitor.execute(line)
     assert answer.startswith(message)
     assert answer.count("\n") == 1
+
+
+def test_a_snapshot_may_have_spaces_in_its_name(monitor: Monitor, board: Paper) -> None:
+    assert monitor.execute("snapshot /tmp/my guest ") == ""
+    assert board.told == ["snapshot /tmp/my guest"]
+
+
+def test_the_balloon(monitor: Monitor, board: Paper) -> None:
+    balloon = Balloon()
+    board.add(balloon, "balloon0")
+    assert monitor.execute("balloon 10") == ""
+    assert balloon.target == 6 * MIB // 4096
+    balloon.config.actual = balloon.target // 2
+    balloon.stats = {"free-memory": 12345}
+    assert table(monitor.execute("info balloon")) == [["balloon:", "actual=13"], ["free-memory", "12345"]]
+
+
+def test_a_disk_is_given_another_size(monitor: Monitor, board: Paper) -> None:
+    assert monitor.execute("block_resize blk0 2M") == ""
+    assert board.devices[0].device.config.capacity == 4096

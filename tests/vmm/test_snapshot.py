@@ -202,11 +202,11 @@ def test_the_memory_comes_back_as_it_was() -> None:
 
 def test_a_snapshot_before_or_after_the_run_is_refused(image: Path, tmp_path: Path) -> None:
     with machine(image) as vm:
-        with pytest.raises(ConfigError, match="snapshot: the guest is not running"):
+        with pytest.raises(ConfigError, match="the guest is not running"):
             vm.snapshot(tmp_path / "early")
         with counting(vm):
             pass
-        with pytest.raises(ConfigError, match="snapshot: the guest is not running"):
+        with pytest.raises(ConfigError, match="the guest is not running"):
             vm.snapshot(tmp_path / "late")
     assert os.listdir(tmp_path) == ["firmware.bin"]
 

@@ -1,5 +1,6 @@
 //! One request of the driver: host memory to read, then host memory to write.
 
+use std::io;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -231,6 +232,20 @@ impl Chain {
         self.writer = writer;
         self.written += *result.as_ref().unwrap_or(&0) as u32;
         result
+    }
+
+    /// Give pages of guest memory that the driver named back to the host, see `GuestMemory::discard`.
+    pub fn discard(&self, address: u64, length: u64) -> Result<io::Result<()>, ChainError> {
+        self.live(|| self.memory.discard(address, length))
+    }
+
+    /// Give the pages of all device-writable buffers back.
+    pub fn discard_writable(&self) -> Result<io::Result<()>, ChainError> {
+        let discard = |segment: &Segment| match self.memory.address_of(segment.iov_base.cast()) {
+            Some(address) => self.memory.discard(address, segment.iov_len as u64),
+            None => Ok(()),
+        };
+        self.live(|| self.segments.writable().iter().try_for_each(discard))
     }
 
     /// Pass over the next `limit` readable bytes and return where they lie, to be read in place.

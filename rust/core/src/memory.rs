@@ -13,6 +13,8 @@ use crate::sigbus::Watch;
 use crate::sync::duplicate;
 use crate::GuestError;
 
+const PAGE: u128 = 4096;
+
 /// One region as its owner described it, and where this process mapped it.
 #[derive(Debug, Clone, Copy)]
 pub struct Region {
@@ -165,6 +167,20 @@ impl GuestMemory {
         self.pieces(address, length, |_, _| ())
     }
 
+    /// Give the whole pages in a range of RAM back to the host: they read as zeroes until they are written again.
+    pub fn discard(&self, address: u64, length: u64) -> io::Result<()> {
+        let (first, last) = (u128::from(address), u128::from(address) + u128::from(length));
+        let (start, end) = (first.next_multiple_of(PAGE), last / PAGE * PAGE);
+        for region in self.regions() {
+            let low = start.max(region.address.into());
+            let high = end.min(u128::from(region.address) + u128::from(region.size));
+            if low < high {
+                punch(region.fd, region.offset + (low as u64 - region.address), (high - low) as u64)?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn atomic16(&self, address: u64) -> Result<&AtomicU16, GuestError> {
         // SAFETY: mapped, aligned, and only accessed atomically by this process.
         self.aligned::<u16>(address).map(|cell| unsafe { AtomicU16::from_ptr(cell) })
@@ -187,6 +203,15 @@ impl GuestMemory {
         } else {
             Err(GuestError(format!("address {address:#x} is not a multiple of {}", size_of::<T>())))
         }
+    }
+}
+
+fn punch(fd: RawFd, offset: u64, length: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: a plain system call on a file of guest memory, where no Rust object lives.
+    match unsafe { libc::fallocate(fd, mode, offset as libc::off_t, length as libc::off_t) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

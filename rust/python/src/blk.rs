@@ -119,7 +119,7 @@ impl BlkPlane {
             return Err(PyValueError::new_err("block_size is 0"));
         }
         let disk = Disk {
-            capacity,
+            capacity: capacity.into(),
             block_size: block_size.into(),
             readonly,
             flush,
@@ -146,6 +146,16 @@ impl BlkPlane {
     #[getter]
     fn writethrough(&self) -> bool {
         self.plane.writethrough.load(Ordering::Relaxed)
+    }
+
+    #[getter]
+    fn capacity(&self) -> u64 {
+        self.plane.disk.capacity.load(Ordering::Relaxed)
+    }
+
+    #[setter]
+    fn set_capacity(&self, capacity: u64) {
+        self.plane.disk.capacity.store(capacity, Ordering::Relaxed);
     }
 
     #[setter]

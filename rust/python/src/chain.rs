@@ -1,5 +1,7 @@
 //! `Chain`.
 
+use std::io;
+
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -9,7 +11,7 @@ use pyvirtio_core::ChainError;
 
 use crate::buffer;
 use crate::bytes::with_bytes;
-use crate::errors::{GuestError, StaleChain};
+use crate::errors::{guest_error, os_error, GuestError, StaleChain};
 
 #[pyclass(module = "pyvirtio._core")]
 pub struct Chain {
@@ -25,6 +27,10 @@ impl Chain {
             ChainError::Stale => StaleChain::new_err(message),
             ChainError::Completed => PyRuntimeError::new_err(message),
         }
+    }
+
+    fn discarded(&self, result: Result<io::Result<()>, ChainError>) -> PyResult<()> {
+        result.map_err(|error| self.refused(error))?.map_err(os_error)
     }
 
     fn check_live(&self) -> PyResult<()> {
@@ -102,6 +108,15 @@ impl Chain {
         }
         self.inner.wrote(length as u32);
         Ok(())
+    }
+
+    fn discard(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        self.inner.memory().check(address, length).map_err(guest_error)?;
+        self.discarded(py.detach(|| self.inner.discard(address, length)))
+    }
+
+    fn discard_buffers(&self, py: Python<'_>) -> PyResult<()> {
+        self.discarded(py.detach(|| self.inner.discard_writable()))
     }
 
     fn complete(&mut self) -> PyResult<()> {

@@ -28,7 +28,8 @@ class BlockBackend:
     - `pread(length, offset) -> bytes`, or `preadv(buffers, offset)` to fill the guest's own buffers;
     - `pwrite(data, offset)`, or `pwritev(buffers, offset)`; with neither, the disk is read-only;
     - `flush()`: what was written is durable on return;
-    - `discard(length, offset)`, `write_zeroes(length, offset)`.
+    - `discard(length, offset)`, `write_zeroes(length, offset)`;
+    - `resize(capacity)`: have another size from now on, which `capacity` says.
 
     `preadv` and the writes return None or the number of bytes. Less than was asked for fails the request, as an
     `OSError` does, and nothing more.
@@ -153,6 +154,12 @@ class File(BlockBackend):
     def flush(self) -> None:
         os.fdatasync(self._fd)
 
+    def resize(self, capacity: int) -> None:
+        if self._readonly or not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise ConfigError(f"{self.path}: only an image that may be written has another size at will")
+        os.ftruncate(self._fd, capacity)
+        self.capacity = capacity
+
     def close(self) -> None:
         if self._fd >= 0:
             # A plane may still hold a duplicate, which shares the lock.
@@ -219,6 +226,10 @@ class Memory(BlockBackend):
 
     def flush(self) -> None:
         """RAM is as durable as it gets."""
+
+    def resize(self, capacity: int) -> None:
+        self.data = self.data[:capacity].ljust(capacity, b"\0")
+        self.capacity = capacity
 
     def write_zeroes(self, length: int, offset: int) -> None:
         self.data[offset : offset + length] = bytes(length)

@@ -5,6 +5,7 @@ from importlib import import_module
 from pyvirtio.device import Device
 
 DEVICES = {
+    "balloon": "pyvirtio.devices.balloon:Balloon",
     "blk": "pyvirtio.devices.blk:Blk",
     "console": "pyvirtio.devices.console:Console",
     "rng": "pyvirtio.devices.rng:Rng",

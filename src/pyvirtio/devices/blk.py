@@ -126,6 +126,21 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
         if self.config.capacity != capacity:
             raise ConfigError(f"{self.name}: the disk has {capacity} sectors now, and had {self.config.capacity}")
 
+    def resize(self, capacity: int) -> None:
+        """Give the disk another size, in bytes, and tell the driver. `ConfigError` or `OSError` if it cannot be."""
+        resize = getattr(self.drive, "resize", None)
+        if resize is None:
+            raise ConfigError(f"{self.name}: a {type(self.drive).__name__} cannot be resized")
+        if capacity < SECTOR or capacity % self._logical:
+            raise ConfigError(f"{capacity} bytes; a disk is whole blocks of {self._logical} bytes, at least one")
+        self.plane.capacity = min(capacity, self.drive.capacity)  # no request may meet the part that comes or goes
+        try:
+            resize(capacity)
+        finally:
+            self.plane.capacity = self.drive.capacity
+        with self.update_config() as config:
+            config.capacity = capacity // SECTOR
+
     def close(self) -> None:
         self.drive.close()
 

@@ -161,7 +161,7 @@ class Machine(Board):
             self._pause()
             try:
                 if self._ending or not self._running:
-                    raise ConfigError("snapshot: the guest is not running")
+                    raise ConfigError("the guest is not running")
                 for function in self.devices:
                     function.dataplane.drain()
                 snapshot.write(self, path)

@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from pyvirtio.devices.balloon import PAGE, Balloon
+from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
+from pyvirtio.properties import parse_size
+from pyvirtio.vmm.layout import MIB
 
 if TYPE_CHECKING:
     from pyvirtio.dataplane import IoThread
+    from pyvirtio.device import Device
+    from pyvirtio.transports.base import Accelerator
     from pyvirtio.transports.pci import VirtioPci
 
 PROMPT = "(pyvirtio) "
@@ -17,14 +23,21 @@ HELP = """\
 info devices                    the devices, their slots and what their drivers did
 info queues                     per queue: size, how its kicks travel, counters
 info faults                     what goes wrong on purpose, and how often it did
+info balloon                    how much memory the guest has, and what it says of it
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
 set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
+balloon MIB                     ask the guest to get by with so much memory
+block_resize DEVICE SIZE        give a disk another size, e.g. block_resize blk0 2G
+set_link DEVICE on|off          plug in, or pull, the cable of a network device
 stop, cont                      pause the machine, and let it go on
 fault DEVICE:FAULTS             e.g. fault blk0:late=5ms@1%,lost@0.1%; fault blk0:off ends them
 snapshot FILE                   write all but the disks to FILE, for `pyvirtio run ... --restore FILE`
 help                            this list
 quit                            end the machine
 """
+KNOWN = ("info", "set", "fault", "balloon", "block_resize", "set_link", "snapshot", "stop", "cont", "help", "quit")
+STATS_SECONDS = 1.0
+"""How long a guest may take to answer `info balloon`."""
 COUNTERS = ("notifies", "kicks", "wakeups", "chains", "interrupts", "suppressed")
 
 
@@ -33,6 +46,7 @@ class Controls(Protocol):
 
     devices: list[VirtioPci]
     iothreads: dict[str, IoThread]
+    accel: Accelerator
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -45,6 +59,13 @@ class Monitor:
 
     def __init__(self, machine: Controls) -> None:
         self.machine = machine
+        self._changes: dict[str, tuple[Callable[..., None], str]] = {
+            "balloon": (self.balloon, "balloon 256"),
+            "block_resize": (self.block_resize, "block_resize blk0 2G"),
+            "set_link": (self.set_link, "set_link net0 off"),
+            "snapshot": (self.snapshot, "snapshot /tmp/guest.snapshot"),
+        }
+        """What each calls with its words, and an example."""
 
     def execute(self, line: str) -> str:
         match line.split():
@@ -60,16 +81,35 @@ class Monitor:
                 return self.fault(text)
             case ["fault", *_]:
                 return "fault: write for example: fault blk0:late=5ms@1%\n"
-            case ["snapshot", *_]:
-                return self.snapshot(line.split(maxsplit=1)[1:])
+            case [command, *_] if command in self._changes:
+                return self._change(command, line)
             case [command]:
                 return self._command(command)
             case [command, *_]:
                 return unknown(command)
         raise AssertionError(line)
 
+    def _change(self, command: str, line: str) -> str:
+        """A command that changes something, or says in one line why not. The last word may have spaces in it."""
+        call, example = self._changes[command]
+        words = line.strip().split(maxsplit=example.count(" "))
+        if len(words) <= example.count(" "):
+            return f"{command}: write for example: {example}\n"
+        try:
+            call(*words[1:])
+        except ConfigError as error:
+            return f"{command}: {error}\n"
+        except OSError as error:
+            return f"{command}: {error.strerror}\n"
+        return ""
+
     def _info(self, what: list[str]) -> str:
-        tables = {"devices": self.info_devices, "queues": self.info_queues, "faults": self.info_faults}
+        tables = {
+            "devices": self.info_devices,
+            "queues": self.info_queues,
+            "faults": self.info_faults,
+            "balloon": self.info_balloon,
+        }
         if len(what) != 1 or what[0] not in tables:
             return f"info: known are: {', '.join(tables)}\n"
         return tables[what[0]]()
@@ -128,16 +168,57 @@ class Monitor:
         known = ", ".join([*(device.name for device in self.machine.devices), *self.machine.iothreads])
         return f"set {name}: no such device or I/O thread; there are: {known}\n"
 
-    def snapshot(self, path: list[str]) -> str:
-        if not path:
-            return "snapshot: write for example: snapshot /tmp/guest.snapshot\n"
+    def snapshot(self, path: str) -> None:
+        self.machine.snapshot(Path(path))
+
+    def info_balloon(self) -> str:
         try:
-            self.machine.snapshot(Path(path[0].strip()))
-        except OSError as error:
-            return f"snapshot {path[0]}: {error.strerror}\n"
+            balloon = self._balloon()
         except ConfigError as error:
-            return f"{error}\n"
-        return ""
+            return f"info balloon: {error}\n"
+        rows = [(name, str(value)) for name, value in balloon.ask_stats(STATS_SECONDS).items()]
+        actual = self._memory() - balloon.actual * PAGE
+        return f"balloon: actual={actual // MIB}\n" + (format_table(rows) if rows else "")
+
+    def balloon(self, mib: str) -> None:
+        """The guest gives up what it has more than `mib`, as soon as it can."""
+        memory = self._memory()
+        if not mib.isdecimal() or not 1 <= int(mib) <= memory // MIB:
+            raise ConfigError(f"{mib} is not allowed: MiB from 1 to {memory // MIB}, all that the guest has")
+        self._balloon().target = (memory - int(mib) * MIB) // PAGE
+
+    def block_resize(self, name: str, size: str) -> None:
+        device = self._device(name)
+        if not isinstance(device, Blk):
+            raise ConfigError(f"{name} is no disk")
+        try:
+            capacity = parse_size(size, unit="m")
+        except ValueError:
+            raise ConfigError(f"{size} is not a size such as 512M or 2G") from None
+        device.resize(capacity)
+
+    def set_link(self, name: str, value: str) -> None:
+        set_link = getattr(self._device(name), "set_link", None)
+        if set_link is None:
+            raise ConfigError(f"{name} is no network device")
+        if value not in ("on", "off"):
+            raise ConfigError(f"{value} is not allowed: on or off")
+        set_link(value == "on")
+
+    def _device(self, name: str) -> Device:
+        for function in self.machine.devices:
+            if function.name == name:
+                return function.device
+        raise ConfigError(f"no device {name}; there are: {', '.join(f.name for f in self.machine.devices)}")
+
+    def _balloon(self) -> Balloon:
+        for function in self.machine.devices:
+            if isinstance(function.device, Balloon):
+                return function.device
+        raise ConfigError("the machine has no virtio-balloon-pci")
+
+    def _memory(self) -> int:
+        return sum(size for _, size, _, _ in self.machine.accel.memory.regions)
 
     def _set_ioeventfd(self, device: VirtioPci, key: str, value: str) -> str:
         if key.replace("_", "-") != "ioeventfd":
@@ -157,7 +238,7 @@ class Monitor:
 
 
 def unknown(command: str) -> str:
-    return f"unknown command {command!r}; known are: info, set, fault, snapshot, stop, cont, help, quit\n"
+    return f"unknown command {command!r}; known are: {', '.join(KNOWN)}\n"
 
 
 def status_text(device: VirtioPci) -> str:

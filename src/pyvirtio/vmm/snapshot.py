@@ -39,7 +39,7 @@ Extent = tuple[int, int]
 def write(machine: Machine, path: Path) -> None:
     """Write `machine`, in which nothing runs, to `path`. On an error there is no such file, or still the one before."""
     if path.exists() and not path.is_file():
-        raise ConfigError(f"snapshot {path}: not a file")
+        raise ConfigError(f"{path}: not a file")
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:

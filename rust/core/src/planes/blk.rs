@@ -1,7 +1,7 @@
 //! virtio-blk requests (virtio 1.3, 5.2.6): one parser, whoever does the I/O.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,10 +68,10 @@ pub trait Backend: Send + Sync {
 }
 
 /// What the driver was told about the disk.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Disk {
-    /// Bytes.
-    pub capacity: u64,
+    /// Bytes; may change while requests are served.
+    pub capacity: AtomicU64,
     pub block_size: u64,
     pub readonly: bool,
     pub flush: bool,
@@ -89,7 +89,8 @@ impl Disk {
     fn offset(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         let start = sector.checked_mul(SECTOR).ok_or(Failure::Refused)?;
         let end = start.checked_add(length).ok_or(Failure::Refused)?;
-        if end > self.capacity || start % self.block_size != 0 || length % self.block_size != 0 {
+        if end > self.capacity.load(Ordering::Relaxed) || start % self.block_size != 0 || length % self.block_size != 0
+        {
             return Err(Failure::Refused);
         }
         Ok(start)
@@ -136,7 +137,7 @@ pub enum Op {
 /// Serves the request queues of a disk, any number of them.
 pub struct BlkPlane {
     backend: Box<dyn Backend>,
-    disk: Disk,
+    pub disk: Disk,
     /// Flush after every write.
     pub writethrough: AtomicBool,
     pub counters: BlkCounters,

@@ -64,3 +64,23 @@ fn a_closed_fd_is_refused() {
     let error = GuestMemory::new(&[(0, 0x1000, -1, 0)]).err().unwrap();
     assert_eq!(error.raw_os_error(), Some(libc::EBADF));
 }
+
+#[test]
+fn discarded_pages_read_as_zeroes_and_their_neighbours_stay() {
+    let memory = GuestMemory::allocate(&[(0, 0x4000), (0x4000, 0x4000), (1 << 32, 0x2000)]).unwrap();
+    memory.write(0, &[7; 0x8000]).unwrap();
+    memory.discard(0x2001, 0x3fff).unwrap();
+    let mut byte = [0];
+    for (page, kept) in [true, true, true, false, false, false, true, true].into_iter().enumerate() {
+        memory.read(page as u64 * 0x1000, &mut byte).unwrap();
+        assert_eq!(byte[0], if kept { 7 } else { 0 }, "page {page}");
+    }
+}
+
+#[test]
+fn discarding_what_is_no_memory_does_nothing() {
+    let memory = ram();
+    memory.discard(u64::MAX - 100, u64::MAX).unwrap();
+    memory.discard(1 << 40, 1 << 40).unwrap();
+    memory.discard(5, 100).unwrap();
+}
