@@ -174,3 +174,31 @@ def no_more_files() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Observer(BlockBackend):
+    """Notes how many requests the driver knows to be done, whenever it is asked to read."""
+
+    capacity = CAPACITY
+
+    def __init__(self) -> None:
+        self.known: list[int] = []
+
+    def preadv(self, buffers: list[memoryview], offset: int) -> None:
+        self.known.append(self.ring.used_idx)
+
+    ring: SplitRing
+
+
+def test_the_driver_may_go_on_before_a_large_batch_is_done() -> None:
+    backend, memory = Observer(), GuestMemory.allocate([(0, 1 << 20)])
+    vq = VirtQueue(DeviceState("blk0", print), "requestq", 0, 1024)
+    backend.ring = ring = SplitRing(memory, 1024, 0x10000, 0x20000, 0x30000)
+    vq.start(memory, BlkPlane(backend, capacity=CAPACITY), size=1024, desc=0x10000, avail=0x20000, used=0x30000)
+    memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+    for _ in range(150):
+        ring.add([Desc(HEADER, 16), Desc(DATA, 512, WRITE), Desc(STATUS, 1, WRITE)])
+    ring.publish()
+    vq.service()
+    assert backend.known == [0] * 64 + [64] * 64 + [128] * 22
+    assert ring.used_idx == 150

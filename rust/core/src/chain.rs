@@ -196,8 +196,10 @@ impl Chain {
 
     /// Do something that a reset must wait for: a copy, never a call into Python.
     fn live<T>(&self, work: impl FnOnce() -> T) -> Result<T, ChainError> {
-        let epoch = self.vq.state().epoch();
-        if *epoch != self.epoch || self.vq.run() != self.run {
+        // Who serves the queue has no need of a lock: every stop waits for it, and a reset stops the queues first.
+        let state = self.vq.state();
+        let _unchanged = (!self.vq.is_server()).then(|| state.shared());
+        if state.epoch() != self.epoch || self.vq.run() != self.run {
             return Err(ChainError::Stale);
         }
         Ok(work())

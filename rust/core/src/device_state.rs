@@ -1,6 +1,9 @@
 //! What the queues of one device share.
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::interrupt::Interrupt;
@@ -10,7 +13,9 @@ pub struct DeviceState {
     name: String,
     /// Read-locked while a chain's memory is touched, so that a reset waits for a copy in progress. Never held
     /// while Python runs.
-    epoch: RwLock<u64>,
+    copies: RwLock<()>,
+    /// Counts the resets.
+    epoch: AtomicU64,
     broken: AtomicBool,
     reason: Mutex<Option<String>>,
     driver_ok: AtomicBool,
@@ -23,7 +28,8 @@ impl DeviceState {
     pub fn new(name: String, on_broken: Box<dyn Fn(&str) + Send + Sync>) -> Self {
         Self {
             name,
-            epoch: RwLock::new(0),
+            copies: RwLock::new(()),
+            epoch: AtomicU64::new(0),
             broken: AtomicBool::new(false),
             reason: Mutex::new(None),
             driver_ok: AtomicBool::new(false),
@@ -81,20 +87,26 @@ impl DeviceState {
         }
     }
 
-    /// Start a new epoch: chains of the old one are stale, and the device is whole again.
+    /// Start a new epoch: chains of the old one are stale, and the device is whole again. Stop the queues first: what
+    /// their handlers are doing is not waited for here.
     pub fn reset(&self) {
-        let mut epoch = self.exclusive();
-        *epoch += 1;
+        let _no_copy_runs = self.exclusive();
+        self.epoch.fetch_add(1, SeqCst);
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.broken.store(false, SeqCst);
     }
 
     /// Waits until no chain's memory is being touched, and keeps it so.
-    pub(crate) fn exclusive(&self) -> RwLockWriteGuard<'_, u64> {
-        self.epoch.write().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
+        self.copies.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn epoch(&self) -> RwLockReadGuard<'_, u64> {
-        self.epoch.read().unwrap_or_else(PoisonError::into_inner)
+    /// The epoch stays as it is, and so does the run of each queue.
+    pub(crate) fn shared(&self) -> RwLockReadGuard<'_, ()> {
+        self.copies.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Relaxed)
     }
 }

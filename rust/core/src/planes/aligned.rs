@@ -25,6 +25,11 @@ impl AlignedBuffer {
         let start = unsafe { alloc_zeroed(layout) };
         Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), layout }
     }
+
+    /// For the kernel to read or write, while the buffer lives.
+    pub fn segment(&mut self) -> Segment {
+        Segment { iov_base: self.start.as_ptr().cast(), iov_len: self.layout.size() }
+    }
 }
 
 impl Drop for AlignedBuffer {

@@ -29,6 +29,8 @@ const FLAG_UNMAP: u32 = 1;
 const STATUS_BYTES: usize = 1;
 const RANGE_BYTES: usize = 16;
 
+/// So many requests are published together: the driver goes on with them while the next ones are served.
+const PUBLISHED: u32 = 64;
 /// A request that took longer does not wait for the rest of its batch.
 const SLOW: Duration = Duration::from_millis(1);
 
@@ -145,14 +147,15 @@ pub struct BlkPlane {
 
 impl Handler for BlkPlane {
     fn handle(&self, vq: &Arc<VirtQueue>) {
-        let mut since = Instant::now();
+        let (mut since, mut answered) = (Instant::now(), 0u32);
         while let Some(mut chain) = vq.pop() {
             if let Err(reason) = self.serve(&mut chain) {
                 vq.state().fail(&format!("{}: {reason}", vq.name()));
                 return;
             }
             let now = Instant::now();
-            if now - since > SLOW {
+            answered += 1;
+            if answered % PUBLISHED == 0 || now - since > SLOW {
                 vq.publish();
             }
             since = now;

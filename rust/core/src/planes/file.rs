@@ -42,6 +42,27 @@ impl FileBackend {
         AlignedBuffer::new(buffers.total().min(PIECE), self.align)
     }
 
+    /// Read into mapped memory, which a guest may change under everybody's feet.
+    fn preadv(&self, segments: &[Segment], offset: u64) -> io::Result<usize> {
+        let (fd, at) = (self.as_raw_fd(), offset as i64);
+        match segments {
+            // SAFETY: who calls keeps the segments mapped.
+            [one] => retry(|| unsafe { libc::pread(fd, one.iov_base, one.iov_len, at) }),
+            // SAFETY: as above.
+            many => retry(|| unsafe { libc::preadv(fd, many.as_ptr(), many.len().min(IOV_MAX) as i32, at) }),
+        }
+    }
+
+    fn pwritev(&self, segments: &[Segment], offset: u64) -> io::Result<usize> {
+        let (fd, at) = (self.as_raw_fd(), offset as i64);
+        match segments {
+            // SAFETY: as in `preadv`.
+            [one] => retry(|| unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, at) }),
+            // SAFETY: as in `preadv`.
+            many => retry(|| unsafe { libc::pwritev(fd, many.as_ptr(), many.len().min(IOV_MAX) as i32, at) }),
+        }
+    }
+
     fn fallocate(&self, mode: i32, length: u64, offset: u64) -> io::Result<()> {
         // SAFETY: no memory is involved.
         retry(|| unsafe { libc::fallocate(self.as_raw_fd(), mode, offset as i64, length as i64) as isize })?;
@@ -69,31 +90,21 @@ impl AsRawFd for FileBackend {
 
 impl Backend for FileBackend {
     fn read(&self, into: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        if !self.takes(into.segments) {
-            let mut bounce = self.bounce(into);
-            let fd = self.as_raw_fd();
-            // SAFETY: reads into a buffer of ours.
-            let done = retry(|| unsafe { libc::pread(fd, bounce.as_mut_ptr().cast(), bounce.len(), offset as i64) })?;
-            return Ok(into.fill(&bounce[..done]));
+        if self.takes(into.segments) {
+            return Ok(self.preadv(into.segments, offset)?);
         }
-        let (fd, iov) = (self.as_raw_fd(), into.segments.as_ptr());
-        let count = into.segments.len().min(IOV_MAX) as i32;
-        // SAFETY: the segments are mapped while `into` lives, and guest memory may change under everybody's feet.
-        Ok(retry(|| unsafe { libc::preadv(fd, iov, count, offset as i64) })?)
+        let mut bounce = self.bounce(into);
+        let done = self.preadv(&[bounce.segment()], offset)?;
+        Ok(into.fill(&bounce[..done]))
     }
 
     fn write(&self, from: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        if !self.takes(from.segments) {
-            let mut bounce = self.bounce(from);
-            from.gather(&mut bounce);
-            let fd = self.as_raw_fd();
-            // SAFETY: writes a buffer of ours.
-            return Ok(retry(|| unsafe { libc::pwrite(fd, bounce.as_ptr().cast(), bounce.len(), offset as i64) })?);
+        if self.takes(from.segments) {
+            return Ok(self.pwritev(from.segments, offset)?);
         }
-        let (fd, iov) = (self.as_raw_fd(), from.segments.as_ptr());
-        let count = from.segments.len().min(IOV_MAX) as i32;
-        // SAFETY: as in `read`.
-        Ok(retry(|| unsafe { libc::pwritev(fd, iov, count, offset as i64) })?)
+        let mut bounce = self.bounce(from);
+        from.gather(&mut bounce);
+        Ok(self.pwritev(&[bounce.segment()], offset)?)
     }
 
     fn flush(&self) -> Result<(), Failure> {

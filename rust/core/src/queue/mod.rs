@@ -257,8 +257,8 @@ impl VirtQueue {
 
     fn try_pop(self: &Arc<Self>) -> Result<Option<Chain>, GuestError> {
         let inside = self.is_server();
-        // Held throughout: a chain of a new ring must not get an old epoch.
-        let epoch = self.state.epoch();
+        // Held throughout: a chain of a new ring must not get an old epoch. While a handler runs there is no new ring.
+        let _unchanged = (!inside).then(|| self.state.shared());
         if self.state.is_broken() {
             return Ok(None);
         }
@@ -273,7 +273,14 @@ impl VirtQueue {
             return Ok(None);
         };
         self.counters.chains.add(1);
-        Ok(Some(Chain::new(self.clone(), active.ring.memory().clone(), receipt, segments, *epoch, self.run())))
+        Ok(Some(Chain::new(
+            self.clone(),
+            active.ring.memory().clone(),
+            receipt,
+            segments,
+            self.state.epoch(),
+            self.run(),
+        )))
     }
 
     fn fail(&self, error: &GuestError) {
@@ -301,7 +308,7 @@ impl VirtQueue {
     }
 
     /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
-    /// The caller holds the state's epoch, or a stop could come in between; without it `pass_late` follows.
+    /// The caller keeps the epoch as it is, or a stop could come in between; without it `pass_late` follows.
     pub(crate) fn put(&self, used: Used, memory: &GuestMemory, writable: &[Segment]) {
         if let Some(active) = self.active().as_mut() {
             if let Some(log) = &active.log {

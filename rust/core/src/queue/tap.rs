@@ -103,7 +103,7 @@ impl VirtQueue {
     pub fn give_back(&self, chains: &[Completed], interrupt: Option<bool>) {
         let decision = {
             // A reset waits: nothing of the old driver lands in the new one's ring.
-            let _epoch = self.state.epoch();
+            let _unchanged = self.state.shared();
             let run = self.run();
             let mut active = self.active();
             let Some(active) = active.as_mut() else { return };
