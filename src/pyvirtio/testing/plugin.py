@@ -7,7 +7,7 @@ on a vhost-user socket, `vm` boots Linux.
 import gc
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
@@ -57,7 +57,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "guest" in metafunc.fixturenames:
         choices = {**MODES, **_arguments(metafunc.definition, "guest")}
-        metafunc.parametrize("guest", _variants(choices), indirect=True, ids=_name)
+        shown = [name for name, value in choices.items() if isinstance(value, tuple) and name != "ioeventfd"]
+        variants = _variants(choices)
+        metafunc.parametrize("guest", variants, indirect=True, ids=[_name(variant, shown) for variant in variants])
 
 
 def _arguments(node: pytest.Item, marker: str) -> dict[str, Any]:
@@ -75,11 +77,11 @@ def _variants(choices: dict[str, Any]) -> list[dict[str, Any]]:
     return [variant for n, variant in enumerate(found) if variant not in found[:n]]
 
 
-def _name(variant: dict[str, Any]) -> str:
-    """What the variant is called in the name of the test."""
+def _name(variant: dict[str, Any], shown: Iterable[str]) -> str:
+    """What the variant is called in the name of the test: its mode, and what there are several choices for."""
     mode = [] if variant.get("transport") == "vhost-user" else ["ioeventfd" if variant["ioeventfd"] else "sync"]
-    others = [key if value is True else str(value) for key, value in variant.items() if key != "ioeventfd" and value]
-    return "-".join([*mode, *others])
+    values = [name if variant[name] is True else str(variant[name]) for name in shown if variant[name]]
+    return "-".join([*mode, *values])
 
 
 @pytest.fixture

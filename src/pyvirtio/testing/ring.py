@@ -29,6 +29,10 @@ class Desc(NamedTuple):
         """As it stands in the table of a split ring."""
         return struct.pack("<QIHH", *self)
 
+    @classmethod
+    def unpack(cls, data: bytes) -> Desc:
+        return cls(*struct.unpack("<QIHH", data))
+
 
 def linked(descs: Sequence[Desc], indexes: Sequence[int]) -> list[Desc]:
     """The descriptors chained to each other, as they stand at `indexes` of a table."""
