@@ -48,6 +48,10 @@ class Probe(Device, id=63):
 HARMLESS = {"import", "start a thread", "draw random bytes", "make memory"}
 
 
+def is_confined(pid: int) -> bool:
+    return "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
+
+
 @pytest.mark.parametrize("options", [["--sandbox", "on"], ["--sandbox", "off"], []], ids=["on", "off", "default"])
 def test_only_what_serving_needs_is_left(tmp_path: Path, options: list[str]) -> None:
     """A class of the user's own is left alone unless the user says otherwise."""
@@ -61,7 +65,7 @@ def test_only_what_serving_needs_is_left(tmp_path: Path, options: list[str]) -> 
             done = json.loads(buffer.wait())
         confined = options == ["--sandbox", "on"]
         assert {what for what, succeeded in done.items() if succeeded} == (HARMLESS if confined else set(done))
-        assert ("NoNewPrivs:\t1" in Path(f"/proc/{process.pid}/status").read_text()) == confined
+        assert is_confined(process.pid) == confined
         process.terminate()
         assert process.wait(30) == 0
     assert not (tmp_path / "s").exists()
@@ -71,8 +75,23 @@ def test_a_disk_is_served_from_a_sandbox_unless_told_otherwise(tmp_path: Path) -
     (tmp_path / "disk.img").write_bytes(bytes(512))
     with programs(tmp_path) as start:
         process = start("blk", "--blk-file", "disk.img", "--socket-path", "s")
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        assert "Seccomp:\t2" in status or not Path("/proc/sys/kernel/seccomp").exists()
+        assert is_confined(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("options", "confined"),
+    [
+        ("blk,drive=d --drive driver=memory,capacity=1M,id=d", True),
+        ("blk,drive=d --drive driver=probe.py:Disk,id=d", False),
+        ("rng --chardev null,id=c", False),
+    ],
+)
+def test_what_may_open_something_later_is_not_confined_by_default(tmp_path: Path, options: str, confined: bool) -> None:
+    disk = "from pyvirtio import BlockBackend\nclass Disk(BlockBackend):\n    capacity = 512\n    pread = None\n"
+    (tmp_path / "probe.py").write_text(disk)
+    with programs(tmp_path) as start:
+        process = start(*options.split(), "--socket-path", "s")
+        assert is_confined(process.pid) == confined
 
 
 def test_what_the_kernel_does_not_have_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

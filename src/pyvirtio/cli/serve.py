@@ -36,6 +36,8 @@ ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BLK_FILE = "blk-file"
 """The id of the drive that --blk-file opens."""
 NAMES = {short: short for short in DEVICES}
+CONFINED = ("pyvirtio.backends.block", "pyvirtio.backends.nbd")
+"""The modules of backends that open nothing once they are made."""
 FIRST_FD = 3
 """Where systemd puts the sockets that it passes (sd_listen_fds)."""
 
@@ -43,8 +45,8 @@ MAX_IOTHREADS = 256
 IOTHREADS_HELP = """\
 N I/O threads for all devices, to which the queues of a disk are dealt out; otherwise each device has one of its own"""
 SANDBOX_HELP = """\
-give up, once all is open, what serving does not need: files, programs, connections. The default is on, but off for a
-class of your own, which may need them"""
+give up, once all is open, what serving does not need: files, programs, connections. The default is on, but off for
+classes of your own, chardevs and drives that may need them later"""
 DEVICE_HELP = """\
 a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `NAME,help` lists its properties"""
 DRIVE_HELP = (
@@ -168,7 +170,8 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         end = _End(stack)
         sockets = [_socket(order, stack) for order in orders]
         systemd = _notify_socket(stack)
-        _enter_sandbox(orders, args.sandbox)
+        by_default = "on" if _opens_nothing_later(orders, drives, chardevs) else "off"
+        _enter_sandbox(orders, (args.sandbox or by_default) == "on")
         shared = [_iothread(f"iothread{n}", polling, stack) for n in range(args.iothreads or 0)]
         lint = Lint()
         for order, device, sock in zip(orders, devices, sockets, strict=True):
@@ -188,9 +191,15 @@ def _iothread(name: str, polling: dict[str, Any], stack: ExitStack) -> IoThread:
     return iothread
 
 
-def _enter_sandbox(orders: list[Order], wanted: str | None) -> None:
-    own = all(order.cls.__module__.startswith("pyvirtio.") for order in orders)
-    if wanted == "on" or (wanted is None and own):
+def _opens_nothing_later(orders: list[Order], drives: dict[str, Drive], chardevs: dict[str, Chardev]) -> bool:
+    """Whether all of it is ours, and needs no file, program or connection once it is made."""
+    devices = all(order.cls.__module__.startswith("pyvirtio.") for order in orders)
+    backends = all(type(drive.backend).__module__ in CONFINED for drive in drives.values())
+    return devices and backends and not chardevs
+
+
+def _enter_sandbox(orders: list[Order], wanted: bool) -> None:
+    if wanted:
         for missing in sandbox.enter(order.path for order in orders if order.path):
             log.warning("sandbox: %s", missing)
 
