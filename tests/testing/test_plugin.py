@@ -63,3 +63,27 @@ def test_a_string_is_served_by_a_child(serve: Serve) -> None:
 def test_a_child_that_ends_at_once_is_an_error(serve: Serve) -> None:
     with pytest.raises(RuntimeError, match="pyvirtio serve nonsense ended with status 2"):
         serve("nonsense")
+
+
+def test_a_failing_test_shows_its_rings_and_what_its_driver_did_last(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        DICE
+        + """
+@pytest.mark.guest(transport=("modern", "legacy"))
+def test_wrong(guest):
+    assert throw(guest.plug(Dice())) == b"777"
+"""
+    )
+    shown = pytester.runpytest_inprocess("--pyvirtio-trace-on-failure", "-p", "no:cacheprovider")
+    shown.assert_outcomes(failed=4)
+    shown.stdout.fnmatch_lines(
+        [
+            "*- pyvirtio -*",
+            "dice0.requestq: size 8 avail_flags 0 avail_idx 1 used_event * used_idx 1 *, pending heads []",
+            "mmio write dice0.queue_enable (2): 0x1",
+            "mmio write dice0.requestq: notify (2): 0x0",
+        ]
+    )
+    shown.stdout.fnmatch_lines(
+        ["pio write  dice0.queue_address (4): 0x*", "pio write  dice0.requestq: notify (2): 0x0"]
+    )

@@ -21,6 +21,7 @@ from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.queue import Range
 from pyvirtio.testing.raw import RawBus
 from pyvirtio.testing.served import VhostUserDriver
+from pyvirtio.testing.trace import Traced
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm.pci_bus import IO_WINDOW, MEMORY_WINDOW, PciBus
 
@@ -38,7 +39,8 @@ class Guest:
 
     `transport`, `ioeventfd` and `indirect` are what `plug` asks for unless it is told; `ioeventfd=None` leaves it to
     the device, and vhost-user knows nothing else. With `lint` what drivers and devices do is checked against the
-    specification. `raw` is the machine without its drivers.
+    specification, with `trace` the last accesses are kept for `trace.describe`. `raw` is the machine without its
+    drivers.
     """
 
     HIGH = 1 << 32
@@ -51,6 +53,7 @@ class Guest:
         ioeventfd: bool | None = None,
         indirect: bool = False,
         lint: bool = False,
+        trace: bool = False,
         memory: int = 4 * MIB,
     ) -> None:
         self.lint = Lint() if lint else None
@@ -66,7 +69,7 @@ class Guest:
             "pio": Heap(IO_WINDOW.start, IO_WINDOW.stop, align=1 << 16),
             "mmio": Heap(MEMORY_WINDOW.start, MEMORY_WINDOW.stop, align=1 << 32),
         }
-        self.accel = InProcess(self.memory)
+        self.accel = Traced(self.memory) if trace else InProcess(self.memory)
         self.bus = PciBus()
         self.accel.bus = self.bus
         # Without its busy wait the thread looks at a ring after a kick only, so tests can count.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pyvirtio.device import Device
+from pyvirtio.testing import trace
 from pyvirtio.testing.machine import Guest
 from pyvirtio.testing.queue import HANG
 from pyvirtio.testing.serving import serve_in_child, serve_in_process
@@ -37,8 +38,9 @@ Serve = Callable[[Device | str], Path]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pyvirtio", "virtio devices")
+    group.addoption("--pyvirtio-lint", action="store_true", help="fail tests that break the protocol")
     group.addoption(
-        "--pyvirtio-lint", action="store_true", help="fail tests whose driver or device breaks the protocol"
+        "--pyvirtio-trace-on-failure", action="store_true", help="show the rings and the last accesses of failed tests"
     )
 
 
@@ -50,6 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    machine = getattr(item, "funcargs", {}).get("guest")
+    asked = report.when == "call" and report.failed and item.config.getoption("--pyvirtio-trace-on-failure")
+    if asked and isinstance(machine, Guest):
+        report.sections.append(("pyvirtio", trace.describe(machine)))
     item.stash[FAILED] = report.failed or item.stash.get(FAILED, False)
     return report
 
@@ -88,11 +94,17 @@ def _name(variant: dict[str, Any], shown: Iterable[str]) -> str:
 def guest(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[Guest]:
     """A machine without devices, closed after the test; every file descriptor and thread must be gone then."""
     with nothing_left_behind(unless=lambda: request.node.stash.get(FAILED, False)):
-        yield from _machine({"lint": request.config.getoption("--pyvirtio-lint"), **request.param})
+        yield from _machine({**_asked_for(request.config), **request.param})
         request.node.funcargs.clear()  # devices that other fixtures made
         for record in caplog.get_records("call"):
             record.exc_info = None  # a traceback keeps the device alive
         caplog.get_records("call").clear()
+
+
+def _asked_for(config: pytest.Config) -> dict[str, Any]:
+    """What the command line asks of every machine."""
+    options = {"lint": "--pyvirtio-lint", "trace": "--pyvirtio-trace-on-failure"}
+    return {name: config.getoption(option) for name, option in options.items()}
 
 
 def _machine(choices: dict[str, Any]) -> Iterator[Guest]:

@@ -106,6 +106,11 @@ class SplitRing:
         """Bytes of the descriptor table, the avail ring and the used ring."""
         return 16 * size, 6 + 2 * size, 6 + 8 * size
 
+    def state(self) -> dict[str, int]:
+        """The words that both sides share, as they are now."""
+        names = ("avail_flags", "avail_idx", "used_event", "used_flags", "used_idx", "avail_event")
+        return {"size": self.size} | {name: getattr(self, name) for name in names}
+
     @property
     def span(self) -> int:
         """From the descriptor table's start to the used ring's end, in the legacy layout."""
