@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from pyvirtio.backends.chardev import CHARDEVS
+from pyvirtio.cli import netdev
 from pyvirtio.cli.devices import NAMES, transport_properties
 from pyvirtio.dataplane import IoThread
 from pyvirtio.devices import load
@@ -34,7 +35,8 @@ def page() -> str:
     served = table("Every device that is served (`pyvirtio serve`)", properties_of(Rings))
     iothread = table("`--object iothread`", properties_of(IoThread, ["name"]))
     chardevs = [table(f"`--chardev {name}`", properties_of(cls, ["name"])) for name, cls in CHARDEVS.items()]
-    return "".join([INTRODUCTION, *devices, transport, served, iothread, *chardevs])
+    netdevs = [table(f"`--netdev {kind}`", netdev.properties(kind)) for kind in netdev.KINDS]
+    return "".join([INTRODUCTION, *devices, transport, served, iothread, *chardevs, *netdevs])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from pyvirtio.backends.net import NetBackend, Pair
+from pyvirtio.errors import ConfigError
 from pyvirtio.testing.plugin import nothing_left_behind
 
 
@@ -28,6 +29,18 @@ def test_an_end_notices_that_the_other_is_closed() -> None:
     with pytest.raises(BrokenPipeError), socket.socket(fileno=os.dup(one.fds[0])) as end:
         end.send(b"anybody?")
     one.close()
+
+
+def test_a_cable_has_two_ends() -> None:
+    with nothing_left_behind():
+        one = Pair()
+        other = Pair(peer=one)
+        for end in (one, other):
+            with pytest.raises(ConfigError, match="a cable has two ends"):
+                Pair(peer=end)
+        other.close()
+        one.close()
+        Pair().close()
 
 
 def test_frames_for_a_backend_without_a_device_go_nowhere() -> None:

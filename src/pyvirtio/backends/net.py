@@ -3,8 +3,9 @@
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
+from pyvirtio.errors import ConfigError
 from pyvirtio.spec import NetFeature
 
 Framing = Literal["tap", "datagram", "stream"]
@@ -40,6 +41,9 @@ class NetBackend:
     vhost_fds: Sequence[int] = ()
     """One `/dev/vhost-net` for each of `fds`, if the kernel is to move the frames instead of the core."""
 
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
     @property
     def queue_pairs(self) -> int:
         """How many queue pairs a device on this network can have at most."""
@@ -70,7 +74,7 @@ class NetBackend:
 
 
 class Pair(NetBackend):
-    """One end of a cable between two devices; `Pair.ends()` makes both.
+    """One end of a cable between two devices; who makes the other end names this one as its peer.
 
     Offloads go through as they are: a segment larger than a frame for a driver that did not agree to them is
     dropped by its device, and so are frames while the socket between the ends is full.
@@ -80,17 +84,26 @@ class Pair(NetBackend):
     vnet_header = True
     uso = True
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, peer: Annotated["Pair | None", "the other end, if that was made before"] = None) -> None:
+        if peer is None:
+            end, self._loose_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        elif peer._loose_end is None:
+            raise ConfigError("peer: a cable has two ends, and this one has both")
+        else:
+            end, peer._loose_end = peer._loose_end, None
+        end.setblocking(False)
         self.fds = [end.detach()]
+
+    _loose_end: socket.socket | None = None
 
     @classmethod
     def ends(cls) -> tuple[Self, Self]:
-        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (one, other):
-            end.setblocking(False)
-        return cls(one), cls(other)
+        one = cls()
+        return one, cls(one)
 
     def close(self) -> None:
         fds, self.fds = self.fds, ()
         for fd in fds:
             os.close(fd)
+        if self._loose_end is not None:
+            self._loose_end.close()

@@ -82,6 +82,10 @@ class Tap(NetBackend):
                 self.vhost_fds = self._open_vhost(force=vhostforce)
             undo.pop_all()
 
+    def __str__(self) -> str:
+        queues = f", {len(self.fds)} queues" if len(self.fds) > 1 else ""
+        return f"tap {self.ifname}{queues}{', vhost' if self.vhost_fds else ''}"
+
     def set_offload(self, features: NetFeature) -> None:
         flags = sum(flag for feature, flag in OFFLOADS.items() if feature in features)
         fcntl.ioctl(self.fds[0], TUNSETOFFLOAD, flags)

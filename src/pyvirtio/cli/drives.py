@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pyvirtio.backends.block import BlockBackend, File
 from pyvirtio.backends.formats import foreign_format
@@ -35,6 +35,7 @@ class Drive:
     backend: BlockBackend
     on_its_own: bool
     used_by: str | None = None
+    option: ClassVar[str] = "drive"
 
 
 def show_help(texts: Iterable[str]) -> bool:

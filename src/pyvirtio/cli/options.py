@@ -1,17 +1,17 @@
 """QEMU option strings, `virtio-blk-pci,drive=d0,num-queues=4`, and the tables that explain them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import Property, canonical
 
 
-def parse(text: str, implied: str | None = None) -> dict[str, str]:
+def parse(text: str, implied: str | None = None, repeatable: Container[str] = ()) -> dict[str, str]:
     """The keys and values of an option string; `-` and `_` in keys are alike.
 
     A first item without `=` is the value of the key `implied`, every other one means `=on`. A comma in a value is
-    written twice.
+    written twice. The values of a repeatable key are joined with commas.
     """
     options: dict[str, str] = {}
     for position, item in enumerate(_items(text)):
@@ -21,7 +21,9 @@ def parse(text: str, implied: str | None = None) -> dict[str, str]:
         key = canonical(key)
         if not key:
             raise ConfigError(f"{text}: an empty key before {item!r}; write KEY=VALUE,KEY=VALUE")
-        if key in options:
+        if key in options and key in repeatable:
+            value = f"{options[key]},{value}"
+        elif key in options:
             raise ConfigError(f"{text}: {key} is given twice")
         options[key] = value
     return options

@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import logging
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend
 from pyvirtio.backends.chardev import Chardev
-from pyvirtio.cli import chardev, faults
+from pyvirtio.backends.net import NetBackend
+from pyvirtio.cli import chardev, faults, netdev
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.drives import Drive, open_drives
 from pyvirtio.cli.drives import show_help as show_drive_help
+from pyvirtio.cli.netdev import Netdev
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
@@ -22,6 +26,25 @@ from pyvirtio.transports.pci_config import Bar, BarKind
 from pyvirtio.vmm.board import Board
 
 DISK = "virtio-blk-pci"
+
+log = logging.getLogger("pyvirtio")
+
+
+@dataclass
+class Backends:
+    """What devices can name, by id."""
+
+    drives: dict[str, Drive]
+    netdevs: dict[str, Netdev]
+    chardevs: dict[str, Chardev]
+
+    @property
+    def references(self) -> dict[type, Mapping[str, object]]:
+        return {
+            BlockBackend: {name: drive.backend for name, drive in self.drives.items()},
+            NetBackend: {name: network.backend for name, network in self.netdevs.items()},
+            Chardev: self.chardevs,
+        }
 
 
 def show_help(args: argparse.Namespace) -> bool:
@@ -38,20 +61,26 @@ def show_help(args: argparse.Namespace) -> bool:
         if wants_help(parse(text, implied="qom-type")):
             asked = True
             print_properties("--object iothread", properties_of(IoThread, ("name",)))
-    return asked
+    return netdev.show_help(args.netdev) or asked
 
 
 def plug(board: Board, args: argparse.Namespace) -> None:
     """Add to the board everything that the options name; it closes it all."""
     for text in args.object:
         _add_iothread(board, parse(text, implied="qom-type"))
-    drives = open_drives(args.drive, board.on_close)
-    chardevs = chardev.open_chardevs(args.chardev, board.on_close)
+    backends = Backends(
+        open_drives(args.drive, board.on_close),
+        netdev.open_netdevs(args.netdev, board.on_close),
+        chardev.open_chardevs(args.chardev, board.on_close),
+    )
     for text in args.device:
-        _add_device(board, drives, chardevs, parse(text, implied="driver"))
-    for drive in drives.values():
+        _add_device(board, backends, parse(text, implied="driver"))
+    for drive in backends.drives.values():
         if drive.used_by is None and drive.on_its_own:
-            _add_device(board, drives, chardevs, {"driver": DISK, "drive": drive.id})
+            _add_device(board, backends, {"driver": DISK, "drive": drive.id})
+    for network in backends.netdevs.values():
+        if network.used_by is None:
+            log.warning("%s: no device is on this network; give one netdev=%s", network.id, network.id)
     faults.switch_on({function.name: function.device for function in board.devices}, args)
 
 
@@ -63,7 +92,7 @@ def _add_iothread(board: Board, options: dict[str, str]) -> None:
     board.add_iothread(name, **bind(IoThread, options, name, given=("name",)))
 
 
-def _add_device(board: Board, drives: dict[str, Drive], chardevs: dict[str, Chardev], options: dict[str, str]) -> None:
+def _add_device(board: Board, backends: Backends, options: dict[str, str]) -> None:
     driver = take(options, "driver", "--device")
     cls = device_class(driver)
     taken = {function.name: function for function in board.devices}
@@ -71,22 +100,17 @@ def _add_device(board: Board, drives: dict[str, Drive], chardevs: dict[str, Char
     if "slot" not in options:
         options["slot"] = str(board.free_slot(name))
     options.setdefault("iothread", board.iothread.name)
-    references: dict[type, dict[str, object]] = {
-        BlockBackend: {drive.id: drive.backend for drive in drives.values()},
-        IoThread: dict(board.iothreads),
-        Chardev: dict(chardevs),
-    }
-    own, pci = bind_each((cls, VirtioPci), options, name, references, GIVEN)
-    board.add(make(cls, own, name, drives), name, **pci)
+    own, pci = bind_each((cls, VirtioPci), options, name, backends.references | {IoThread: board.iothreads}, GIVEN)
+    board.add(make(cls, own, name, [*backends.drives.values(), *backends.netdevs.values()]), name, **pci)
 
 
-def make(cls: type[Device], properties: dict[str, object], name: str, drives: dict[str, Drive]) -> Device:
-    """The device; each drive may belong to one only."""
-    for drive in drives.values():
-        if drive.backend in properties.values():
-            if drive.used_by:
-                raise ConfigError(f"{name}: drive={drive.id} is in use by {drive.used_by}")
-            drive.used_by = name
+def make(cls: type[Device], properties: dict[str, object], name: str, backends: Iterable[Drive | Netdev]) -> Device:
+    """The device; each backend may belong to one only."""
+    for each in backends:
+        if each.backend in properties.values():
+            if each.used_by:
+                raise ConfigError(f"{name}: {each.option}={each.id} is in use by {each.used_by}")
+            each.used_by = name
     try:
         return cls(**properties)
     except ConfigError as error:
@@ -120,7 +144,6 @@ def describe(board: Board, args: argparse.Namespace) -> None:
 
 def _description(function: VirtioPci) -> dict[str, Any]:
     dataplane = function.dataplane
-    backend = getattr(function.device, "drive", None)
     return {
         "device": function.name,
         "slot": function.slot,
@@ -129,12 +152,17 @@ def _description(function: VirtioPci) -> dict[str, Any]:
         "vectors": function.msix.count if function.msix else 0,
         "ioeventfd": function.ioeventfd,
         "iothread": dataplane.iothread.name,
-        "backend": _backend_text(backend) if backend else None,
+        "backend": _backend_text(function.device),
         "bars": [_bar_description(function, bar) for bar in function.bars],
     }
 
 
-def _backend_text(backend: BlockBackend) -> str:
+def _backend_text(device: Device) -> str | None:
+    """Of its drive or its network."""
+    backend = getattr(device, "drive", None)
+    if backend is None:
+        network = getattr(device, "netdev", None)
+        return network and str(network)
     what = getattr(backend, "path", type(backend).__name__)
     return f"{what} ({show_size(backend.capacity)}{', read-only' if backend.readonly else ''})"
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pyvirtio.accel.host import linux_capable
-from pyvirtio.cli import chardev, faults, plug
+from pyvirtio.cli import chardev, faults, netdev, plug
 from pyvirtio.errors import ConfigError
 from pyvirtio.lint import Lint
 from pyvirtio.properties import parse_size
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     board.add_argument("--smp", type=_cpus, default="1", metavar="N", help="number of CPUs")
     board.add_argument("--drive", action="append", default=[], metavar="OPTIONS", help=DRIVE_HELP)
     board.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
+    board.add_argument("--netdev", action="append", default=[], metavar="KIND,id=ID[,OPTIONS]", help=netdev.HELP)
     board.add_argument(
         "--device", action="append", default=[], metavar="NAME[,OPTIONS]",
         help="a device; `help` lists them, `NAME,help` its properties",

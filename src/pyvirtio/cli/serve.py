@@ -218,7 +218,7 @@ def _device(order: Order, drives: dict[str, Drive], chardevs: dict[str, Chardev]
     }
     properties, rings = bind_each((order.cls, Rings), order.options, order.name, references)
     order.rings = Rings(**rings)
-    device = make(order.cls, properties, order.name, drives)
+    device = make(order.cls, properties, order.name, drives.values())
     stack.callback(device.close)
     device.name = order.name
     declared_queues(device, MAX_VRINGS)
