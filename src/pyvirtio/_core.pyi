@@ -455,6 +455,7 @@ class BlkLoad:
         iodepth: int,
         event_idx: bool = False,
         indirect: bool = False,
+        packed: bool = False,
     ) -> Self: ...
     def run(
         self,

@@ -13,6 +13,8 @@ from pyvirtio.bench.target import Target
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.errors import ConfigError, ProtocolError
+from pyvirtio.serve.vhost_user import Rings
+from pyvirtio.testing.serving import serve_in_process
 from pyvirtio.testing.vhost_user import MIB
 
 LOAD = Load(size=MIB)
@@ -22,10 +24,14 @@ SECONDS = 0.02
 @pytest.mark.parametrize("poll", [False, True], ids=["interrupts", "polled"])
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 @pytest.mark.parametrize("rw", ["read", "write", "randread", "randwrite", "mixed"])
-def test_every_pattern_reads_back_what_it_wrote(serve: Serve, rw: str, indirect: bool, poll: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_every_pattern_reads_back_what_it_wrote(
+    tmp_path: Path, packed: bool, rw: str, indirect: bool, poll: bool
+) -> None:
     disk = Blk(Memory(MIB), queue_size=64)
-    load = replace(LOAD, rw=rw, indirect=indirect, poll=poll, verify=True)
-    with Target(serve(disk), load, iodepth=16) as target:
+    load = replace(LOAD, rw=rw, packed=packed, indirect=indirect, poll=poll, verify=True)
+    served = serve_in_process(disk, tmp_path / "s", Rings(packed=packed))
+    with served, Target(tmp_path / "s", load, iodepth=16) as target:
         before = disk.plane.counters
         samples = [target.measure(iodepth, SECONDS) for iodepth in (1, 16)]
         after = disk.plane.counters
@@ -165,6 +171,11 @@ def test_what_the_disk_cannot_be_asked_is_refused(serve: Serve, case: str) -> No
     load, iodepth, error, message = REFUSED[case]
     with pytest.raises(error, match=message.replace("(", r"\(").replace(")", r"\)")):
         Target(serve(Blk(Memory(MIB), queue_size=64, logical_block_size=4096)), load, iodepth)
+
+
+def test_a_ring_that_is_not_offered_is_refused(serve: Serve) -> None:
+    with pytest.raises(ConfigError, match="--packed is not offered by this back-end"):
+        Target(serve(Blk(Memory(MIB))), replace(LOAD, packed=True), 1)
 
 
 def test_a_read_only_disk_is_not_written(serve: Serve, tmp_path: Path) -> None:

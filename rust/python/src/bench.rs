@@ -25,7 +25,8 @@ impl BlkLoad {
     const CONTROL_BYTES: u64 = CONTROL_BYTES;
 
     #[new]
-    #[pyo3(signature = (memory, queues, *, connection, err, block_size, blocks, iodepth, event_idx = false, indirect = false))]
+    #[pyo3(signature = (memory, queues, *, connection, err, block_size, blocks, iodepth, event_idx = false, indirect = false,
+                        packed = false))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         memory: &GuestMemory,
@@ -37,12 +38,13 @@ impl BlkLoad {
         iodepth: u16,
         event_idx: bool,
         indirect: bool,
+        packed: bool,
     ) -> PyResult<Self> {
         if queues.is_empty() || block_size == 0 || block_size % 512 != 0 {
             return Err(PyValueError::new_err(format!("{} queues, blocks of {block_size} bytes", queues.len())));
         }
         let setup = |(size, desc, avail, used, kick, call, buffers)| QueueSetup {
-            ring: RingConfig { size, desc, avail, used, event_idx, indirect, ..RingConfig::default() },
+            ring: RingConfig { size, desc, avail, used, event_idx, indirect, packed, ..RingConfig::default() },
             kick,
             call,
             buffers,

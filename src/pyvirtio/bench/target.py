@@ -128,6 +128,7 @@ class Target:
             iodepth=self.iodepth,
             event_idx=bool(vm.features & Feature.EVENT_IDX),
             indirect=load.indirect,
+            packed=load.packed,
         )
 
     def _ring_size(self) -> int:

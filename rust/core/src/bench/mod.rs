@@ -3,6 +3,7 @@
 //! The back-end is trusted with nothing but not to write outside the buffers: what it returns is checked.
 
 mod latency;
+mod packed;
 mod pattern;
 mod queue;
 mod ring;

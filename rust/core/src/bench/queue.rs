@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::pattern::{fill, Random};
-use super::ring::{Desc, SplitRing};
+use super::ring::{Desc, Ring};
 use super::{Alarms, Fault, Geometry, Load, Outcome, QueueSetup};
 use crate::memory::GuestMemory;
 use crate::GuestError;
@@ -36,7 +36,7 @@ enum Slot {
 
 pub struct Queue {
     memory: GuestMemory,
-    ring: SplitRing,
+    ring: Ring,
     kick: RawFd,
     call: RawFd,
     indirect: bool,
@@ -70,7 +70,7 @@ impl Queue {
         let data_bytes = u64::from(max_iodepth) * u64::from(block_size);
         memory.check(setup.buffers, data_bytes + u64::from(max_iodepth) * CONTROL_BYTES)?;
         Ok(Self {
-            ring: SplitRing::new(memory.clone(), &setup.ring, per_slot)?,
+            ring: Ring::new(memory.clone(), &setup.ring, per_slot)?,
             memory: memory.clone(),
             kick: setup.kick,
             call: setup.call,
@@ -135,7 +135,7 @@ impl Queue {
         let data = if write { Desc::readable } else { Desc::writable }(data, self.block_size);
         let chain = [Desc::readable(control, HEADER_BYTES), data, Desc::writable(control + STATUS, 1)];
         if self.indirect {
-            self.ring.write_table(control + TABLE, &chain)?;
+            self.memory.write(control + TABLE, &self.ring.table(&chain))?;
             self.ring.offer(slot, &[Desc::table(control + TABLE, chain.len())]);
         } else {
             self.ring.offer(slot, &chain);

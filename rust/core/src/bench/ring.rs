@@ -1,12 +1,15 @@
-//! The driver's half of a split ring (virtio 1.3, 2.7).
+//! The driver's half of a ring; here that of a split one (virtio 1.3, 2.7).
 
 use std::sync::atomic::{fence, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use smallvec::SmallVec;
+
+use super::packed::PackedRing;
 use crate::memory::GuestMemory;
 use crate::queue::RingConfig;
 use crate::GuestError;
 
-const NEXT: u16 = 1;
+pub const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 pub const DESC_BYTES: u64 = 16;
@@ -16,9 +19,9 @@ const NO_NOTIFY: u16 = 1;
 /// A buffer of a request; `flags` say whether the device writes it.
 #[derive(Debug, Clone, Copy)]
 pub struct Desc {
-    address: u64,
-    length: u32,
-    flags: u16,
+    pub address: u64,
+    pub length: u32,
+    pub flags: u16,
 }
 
 impl Desc {
@@ -34,11 +37,77 @@ impl Desc {
         Self { address, length: (entries as u64 * DESC_BYTES) as u32, flags: INDIRECT }
     }
 
-    /// The descriptor as it lies in memory, `next` being where the chain goes on.
+    /// The descriptor as it lies in a packed ring or in a table of one, with these flags besides its own.
+    pub fn packed_words(self, id: u16, flags: u16) -> [u64; 2] {
+        let rest = u64::from(self.length) | u64::from(id) << 32 | u64::from(self.flags | flags) << 48;
+        [self.address.to_le(), rest.to_le()]
+    }
+
+    /// The descriptor as it lies in a split ring, `next` being where the chain goes on.
     fn words(self, next: Option<u16>) -> [u64; 2] {
         let flags = self.flags | if next.is_some() { NEXT } else { 0 };
         let rest = u64::from(self.length) | u64::from(flags) << 32 | u64::from(next.unwrap_or(0)) << 48;
         [self.address.to_le(), rest.to_le()]
+    }
+}
+
+/// A ring of either kind. Methods are described at the split one's.
+pub enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+impl Ring {
+    pub fn new(memory: GuestMemory, config: &RingConfig, per_slot: u16) -> Result<Self, GuestError> {
+        if config.packed {
+            PackedRing::new(memory, config, per_slot).map(Self::Packed)
+        } else {
+            SplitRing::new(memory, config, per_slot).map(Self::Split)
+        }
+    }
+
+    pub fn offer(&mut self, slot: u16, chain: &[Desc]) {
+        match self {
+            Self::Split(ring) => ring.offer(slot, chain),
+            Self::Packed(ring) => ring.offer(slot, chain),
+        }
+    }
+
+    /// An indirect table as it lies in memory; that of a packed ring has no links.
+    pub fn table(&self, chain: &[Desc]) -> SmallVec<[u8; 48]> {
+        let words = |(n, desc): (usize, &Desc)| match self {
+            Self::Split(_) => desc.words((n + 1 < chain.len()).then_some(n as u16 + 1)),
+            Self::Packed(_) => desc.packed_words(0, 0),
+        };
+        chain.iter().enumerate().flat_map(words).flat_map(u64::to_ne_bytes).collect()
+    }
+
+    pub fn publish(&mut self) -> bool {
+        match self {
+            Self::Split(ring) => ring.publish(),
+            Self::Packed(ring) => ring.publish(),
+        }
+    }
+
+    pub fn used(&self) -> u16 {
+        match self {
+            Self::Split(ring) => ring.used(),
+            Self::Packed(ring) => ring.used(),
+        }
+    }
+
+    pub fn pop(&mut self) -> Option<u16> {
+        match self {
+            Self::Split(ring) => ring.pop(),
+            Self::Packed(ring) => ring.pop(),
+        }
+    }
+
+    pub fn set_interrupts(&self, wanted: bool) {
+        match self {
+            Self::Split(ring) => ring.set_interrupts(wanted),
+            Self::Packed(ring) => ring.set_interrupts(wanted),
+        }
     }
 }
 
@@ -59,7 +128,8 @@ unsafe fn write_chain(table: *const AtomicU64, first: u16, chain: &[Desc]) {
 
 /// Requests have fixed places: the one of slot `n` has the descriptors from `n * per_slot` on.
 pub struct SplitRing {
-    memory: GuestMemory,
+    /// Keeps the areas mapped.
+    _memory: GuestMemory,
     desc: *const AtomicU64,
     avail: *const AtomicU16,
     used: *const AtomicU32,
@@ -71,7 +141,7 @@ pub struct SplitRing {
     next_used: u16,
 }
 
-// SAFETY: the pointers lead to shared memory, kept mapped by `memory` and only accessed atomically.
+// SAFETY: the pointers lead to shared memory, kept mapped by `_memory` and only accessed atomically.
 unsafe impl Send for SplitRing {}
 
 impl SplitRing {
@@ -81,7 +151,7 @@ impl SplitRing {
             desc: memory.host(config.desc, size * DESC_BYTES)?.cast(),
             avail: memory.host(config.avail, 6 + 2 * size)?.cast(),
             used: memory.host(config.used, 6 + 8 * size)?.cast(),
-            memory,
+            _memory: memory,
             size: config.size,
             per_slot,
             event_idx: config.event_idx,
@@ -111,14 +181,6 @@ impl SplitRing {
         unsafe { write_chain(self.desc, head, chain) };
         self.avail(2 + (self.next_avail & (self.size - 1))).store(head.to_le(), Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
-    }
-
-    /// Write an indirect table, which the caller checked to be memory of ours.
-    pub fn write_table(&self, address: u64, chain: &[Desc]) -> Result<(), GuestError> {
-        let table = self.memory.host(address, chain.len() as u64 * DESC_BYTES)?.cast();
-        // SAFETY: just checked.
-        unsafe { write_chain(table, 0, chain) };
-        Ok(())
     }
 
     /// Show the device what was offered; true if it asked to be kicked for that.
