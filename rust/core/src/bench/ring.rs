@@ -74,7 +74,7 @@ impl Ring {
     }
 
     /// An indirect table as it lies in memory; that of a packed ring has no links.
-    pub fn table(&self, chain: &[Desc]) -> SmallVec<[u8; 48]> {
+    pub fn table(&self, chain: &[Desc]) -> SmallVec<[u8; 64]> {
         let words = |(n, desc): (usize, &Desc)| match self {
             Self::Split(_) => desc.words((n + 1 < chain.len()).then_some(n as u16 + 1)),
             Self::Packed(_) => desc.packed_words(0, 0),
