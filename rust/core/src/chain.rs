@@ -298,6 +298,15 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// End without a completion; `back` gets the receipt unless the chain is stale.
+    pub(crate) fn untake(mut self, back: impl FnOnce(Receipt)) {
+        // It fails for a stale chain only, and then there is nothing to give back.
+        let _ = self.live(|| back(self.receipt));
+        self.completed = true;
+    }
+}
+
 impl Drop for Chain {
     fn drop(&mut self) {
         if !self.completed && self.check_live().is_ok() {

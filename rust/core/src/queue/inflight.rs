@@ -144,6 +144,11 @@ impl Inflight {
         self.set_state(head, 0, true);
     }
 
+    /// The request was not needed after all: it is the next to be done again.
+    pub fn untake(&mut self, head: u16) {
+        self.again.push_front(head);
+    }
+
     /// The request was written to the used ring, of which the driver will be told.
     pub fn put(&mut self, head: u16) {
         self.set_state(head, self.load(LAST_BATCH_HEAD_AT), true);

@@ -175,6 +175,11 @@ impl<C: PackedCells> Laps<C> {
         Ok(())
     }
 
+    /// The chain of `descs` descriptors that was taken last is the next to take.
+    pub fn untake(&mut self, descs: u16) {
+        self.next_avail = (self.next_avail + 2 * self.size() - u32::from(descs)) % (2 * self.size());
+    }
+
     /// See how far the available descriptors go: at most to the end of the ring, whatever the flags say.
     fn refresh(&mut self) -> Result<(), Surplus> {
         while self.available(self.seen) {

@@ -283,6 +283,19 @@ impl VirtQueue {
         )))
     }
 
+    /// Give the chain that was taken last back to the ring, as if it had not been taken; several in the reverse order.
+    ///
+    /// For the handler while it is called: one that takes a chain before it knows whether it needs it. The budget stays
+    /// spent, so a handler that ran out of it is called again. A stale chain is only dropped.
+    pub fn unpop(&self, chain: Chain) {
+        chain.untake(|receipt| {
+            if let Some(active) = self.active().as_mut() {
+                active.untake(receipt);
+                self.counters.chains.take_back(1);
+            }
+        });
+    }
+
     fn fail(&self, error: &GuestError) {
         self.state.fail(&format!("{}: {error}", self.name));
     }

@@ -110,6 +110,11 @@ impl<C: Cells> Indexes<C> {
         Ok(Some(index))
     }
 
+    /// The entry that was taken last is the next to take.
+    pub fn untake(&mut self) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
     fn refresh(&mut self) -> Result<(), Jump> {
         let avail = self.cells.avail_idx();
         let ahead = avail.wrapping_sub(self.next_avail);

@@ -164,6 +164,10 @@ impl PackedRing {
     }
 
     /// Buffer id, number of descriptors and segments of the chain that starts there.
+    pub fn untake(&mut self, receipt: Receipt) {
+        self.laps.untake(receipt.descs);
+    }
+
     fn walk(&self, start: Place) -> Result<(u16, u16, Segments), GuestError> {
         let mut segments = Segments::default();
         let mut place = start;

@@ -104,6 +104,11 @@ impl Ring {
         either!(self, ring => ring.take(inside))
     }
 
+    /// Go back to before the chain that was taken last.
+    pub fn untake(&mut self, receipt: Receipt) {
+        either!(self, ring => ring.untake(receipt));
+    }
+
     /// Write what tells that a chain was used; `publish` makes it known.
     #[inline]
     pub fn put(&mut self, used: Used) {
@@ -130,6 +135,11 @@ impl Order {
     pub fn take(&mut self) -> u16 {
         self.waiting.push_back(None);
         self.first.wrapping_add(self.waiting.len() as u16 - 1)
+    }
+
+    /// The chain that was taken last was given back unused.
+    pub fn untake(&mut self) {
+        self.waiting.pop_back();
     }
 
     /// A chain was completed.

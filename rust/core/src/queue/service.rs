@@ -59,6 +59,16 @@ impl Active {
         Ok(Some((receipt, segments)))
     }
 
+    /// The chain that was taken last was not needed.
+    pub fn untake(&mut self, receipt: Receipt) {
+        self.ring.untake(receipt);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.taken = self.taken.saturating_sub(1);
+        if let Some(order) = &mut self.order {
+            order.untake();
+        }
+    }
+
     /// A chain was completed: into the ring with it, if it is its turn and the device is not `broken`.
     pub fn put(&mut self, used: Used, broken: bool) {
         let Some(mut order) = self.order.take() else {

@@ -195,6 +195,14 @@ impl SplitRing {
         Ok(Some(head))
     }
 
+    pub fn untake(&mut self, receipt: Receipt) {
+        match &mut self.inflight {
+            // It stays noted as in flight, wherever the device stops.
+            Some(inflight) => inflight.untake(receipt.id),
+            None => self.indexes.untake(),
+        }
+    }
+
     fn walk(&self, head: u16) -> Result<Segments, GuestError> {
         let mut segments = Segments::default();
         let mut index = head;

@@ -15,4 +15,5 @@ mod packed_driver;
 mod packed_hostile;
 mod packed_model;
 mod service;
+mod unpop;
 mod watches;
