@@ -1,6 +1,6 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer
@@ -23,6 +23,7 @@ __all__ = [
     "Isr",
     "Kick",
     "MsixVector",
+    "NetPlane",
     "NullIo",
     "Serial",
     "Timer",
@@ -35,7 +36,7 @@ __all__ = [
     "tsc",
 ]
 
-_Handler = Callable[["VirtQueue"], object] | "BlkPlane"
+_Handler = Callable[["VirtQueue"], object] | "BlkPlane" | "NetPlane"
 
 @final
 class GuestMemory:
@@ -475,6 +476,54 @@ class BlkLoad:
         that. Returns the counts reads, writes, errors, kicks and interrupts, and seconds, p50, p99, p99_9 and max (of
         the latencies) in seconds. `ProtocolError` for what the back-end did wrong. The interpreter is not held.
         """
+
+@final
+class NetPlane:
+    """Moves the frames of a virtio-net device (virtio 1.3, 5.1): queue 2n receives for queue pair n, 2n + 1 sends.
+
+    `fds` are duplicated, made non-blocking and served without Python, one for each queue pair; `NetBackend` says what
+    `framing` and `vnet_header` mean. Without any, frames of the guest go to `send`, or nowhere, and those for it come
+    from `inject`. `pcap` is the fd of an empty file, which is duplicated and gets every frame that passes.
+    """
+
+    def __new__(
+        cls,
+        fds: Sequence[int] = ...,
+        *,
+        framing: Literal["tap", "datagram", "stream"] = "tap",
+        vnet_header: bool = False,
+        send: Callable[[bytes], object] | None = None,
+        queue_pairs: int = 1,
+        pcap: int | None = None,
+    ) -> Self: ...
+    def open(self, features: int, loops: Sequence[IoThread]) -> None:
+        """A driver is there and agreed to `features`; `loops` wait for frames, one for each queue pair."""
+    def close(self) -> None:
+        """The driver is gone: every loop is left, the filter passes everything, one queue pair is in use."""
+    def set_features(self, features: int) -> None:
+        """The driver changed the offloads it takes."""
+    def set_filter(
+        self,
+        *,
+        promiscuous: bool = True,
+        all_multicast: bool = False,
+        all_unicast: bool = False,
+        no_multicast: bool = False,
+        no_unicast: bool = False,
+        no_broadcast: bool = False,
+        macs: Sequence[Buffer] = ...,
+        vlans: Buffer | None = None,
+    ) -> None:
+        """Which frames the driver receives. `macs` holds its own address, too; `vlans` has a bit for each id."""
+    def set_link(self, up: bool) -> None:
+        """While the link is down every frame is dropped."""
+    def set_queue_pairs(self, count: int) -> None:
+        """Receive for the first `count` queue pairs only."""
+    def inject(self, frames: Iterable[Buffer]) -> int:
+        """Queue frames for the driver; return how many. The others are dropped, as all are while none is there."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """tx_frames, tx_bytes, rx_frames, rx_bytes; tx_dropped_ and rx_dropped_ with each reason; pcap_missed."""
 
 @type_check_only
 class Bus(Protocol):

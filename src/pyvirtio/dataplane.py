@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import sizeof
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -109,6 +109,12 @@ def _check_config(device: Device) -> None:
         )
 
 
+def deal_out(device: Device, queues: int, iothreads: Sequence[IoThread]) -> Iterator[IoThread]:
+    """The I/O thread of each queue: those that the device wants together share one."""
+    for index in range(queues):
+        yield iothreads[index // device.queues_per_iothread % len(iothreads)]
+
+
 def start_ring(
     vq: VirtQueue,
     memory: GuestMemory,
@@ -167,16 +173,21 @@ class Dataplane:
         assign_ioeventfd: Callable[[VirtQueue], Undo],
         *,
         ioeventfd: bool,
+        mapping: Sequence[IoThread] = (),
     ) -> None:
+        """With a `mapping` the queues take turns among its I/O threads, else `iothread` serves them all."""
         device.name = name
         self.device = device
         self.iothread = iothread
         self._declared = declared_queues(device)
         self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
         self.queues = [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(self._declared)]
-        self.notifiers = HostNotifiers(name, self.queues, self._assign, iothread.poll, ioeventfd=ioeventfd)
+        self.iothreads = list(deal_out(device, len(self.queues), mapping or [iothread]))
+        self.notifiers = HostNotifiers(name, self.queues, self._assign, self._poll, ioeventfd=ioeventfd)
+        device.loops = [iothread.loop for iothread in self.iothreads]
         self.events = Events(device, self.state, iothread.loop)
         self._assign_ioeventfd = assign_ioeventfd
+        self._features = 0
         device.config_changed = self.state.notify_config
         self._active = False
         device.attach(self)
@@ -189,7 +200,7 @@ class Dataplane:
         """Serve the queues as the device declares them now."""
         self._declared = declared_queues(self.device)
         for vq, q in zip(self.queues, self._declared, strict=True):
-            vq.set_handler(q.handler)
+            vq.set_handler(self.device.served_by(q, vq.index, self._features))
 
     def _assign(self, vq: VirtQueue) -> Undo:
         if faults := self.device.active_faults:
@@ -210,8 +221,12 @@ class Dataplane:
 
         `at` is where to go on after a `pause`: the next avail and used index.
         """
-        handler = self._declared[index].handler
+        self._features = features
+        handler = self.device.served_by(self._declared[index], index, features)
         start_ring(self.queues[index], memory, handler, setup, features, legacy=legacy, at=at)
+
+    def _poll(self, vq: VirtQueue) -> Undo:
+        return self.iothreads[vq.index].poll(vq)
 
     def stop_queue(self, index: int) -> None:
         """Give one ring up (queue reset, or legacy QUEUE_PFN = 0); the others are served all the time."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from pyvirtio._core import BlkPlane, VirtQueue
+from pyvirtio._core import BlkPlane, IoThread, NetPlane, VirtQueue
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import check_arguments
 
 if TYPE_CHECKING:
     from pyvirtio.faults.engine import Faults, Running
 
-Handler = Callable[[VirtQueue], object] | BlkPlane
+Handler = Callable[[VirtQueue], object] | BlkPlane | NetPlane
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 MAX_CONFIG = 4096
@@ -158,6 +158,8 @@ class Device:
     """PCI class code: base class, subclass and programming interface."""
     ioeventfd: ClassVar[bool] = False
     """Default of the `ioeventfd` property: off, because some drivers notify and then spin until they are served."""
+    queues_per_iothread: ClassVar[int] = 1
+    """How many queues stay together where `iothread_vq_mapping` deals them out to several I/O threads."""
     config_layout: ClassVar[type[LittleEndianStructure] | None] = None
 
     name: str = "device"
@@ -168,6 +170,8 @@ class Device:
     """For each pair of queues that the kernel can serve, from the first on: the fds of a `/dev/vhost-net` and a tap."""
     config: Any
     """The configuration space: an instance of the layout, or None."""
+    loops: Sequence[IoThread] = ()
+    """The loop of the I/O thread of each queue; set when the device is plugged."""
     config_generation: int
     config_changed: Callable[[], object]
     active_faults: "Faults | None" = None
@@ -226,6 +230,10 @@ class Device:
         self._runs_on = lambda: None
         if self.active_faults is not None:
             self.active_faults.detach()
+
+    def served_by(self, queue: Queue, index: int, features: int) -> Handler:
+        """What serves one of `queues`; override it where a feature gives a queue another meaning."""
+        return queue.handler
 
     @contextmanager
     def update_config(self) -> Iterator[Any]:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from pyvirtio.backends.block import File, Memory
+from pyvirtio.backends.net import NetBackend
 from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES, load
 from pyvirtio.devices.blk import Blk
+from pyvirtio.devices.net import Net
 from pyvirtio.testing import Guest
 from pyvirtio.testing.ring import INDIRECT, NEXT, WRITE, Desc
 
@@ -24,6 +26,7 @@ def raw_file(directory: Path) -> Device:
 MADE: dict[str, Callable[[Path], Device]] = {
     "blk": lambda _: Blk(Memory(MIB)),
     "blk, a raw file": raw_file,
+    "net": lambda _: Net(NetBackend()),
 }
 """Devices that need something to be made with."""
 MALFORMED = {

@@ -9,6 +9,7 @@ use crate::blk::BlkPlane;
 use crate::buffer;
 use crate::errors::{GuestError, StaleChain};
 use crate::logging;
+use crate::net::NetPlane;
 use crate::queue::VirtQueue;
 
 /// The handler an object of Python stands for, called with `vq`.
@@ -18,7 +19,8 @@ pub fn handler(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Arc<dyn 
 
 /// A handler that runs without Python.
 fn native(object: &Bound<'_, PyAny>, vq: &Bound<'_, VirtQueue>) -> Option<Arc<dyn Handler>> {
-    object.cast::<BlkPlane>().ok().map(|plane| plane.get().handler(vq.py(), &vq.get().inner))
+    let blk = object.cast::<BlkPlane>().map(|plane| plane.get().handler(vq.py(), &vq.get().inner));
+    blk.or_else(|_| object.cast::<NetPlane>().map(|plane| plane.get().handler())).ok()
 }
 
 /// Calls Python once per pass.

@@ -11,7 +11,7 @@ use crate::logging;
 use crate::queue::VirtQueue;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
-pub struct IoThread(Arc<pyvirtio_core::IoThread>);
+pub struct IoThread(pub Arc<pyvirtio_core::IoThread>);
 
 #[pymethods]
 impl IoThread {

@@ -17,6 +17,7 @@ mod iothread;
 mod kvm;
 mod logging;
 mod memory;
+mod net;
 mod queue;
 mod tap;
 mod timer;
@@ -43,6 +44,8 @@ mod _core {
     use crate::kvm::{supported, Serial, Vcpu, Vm};
     #[pymodule_export]
     use crate::memory::GuestMemory;
+    #[pymodule_export]
+    use crate::net::NetPlane;
     #[pymodule_export]
     use crate::queue::VirtQueue;
     #[pymodule_export]

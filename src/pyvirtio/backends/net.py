@@ -11,6 +11,11 @@ from pyvirtio.spec import NetFeature
 Framing = Literal["tap", "datagram", "stream"]
 
 
+def nowhere(frames: Iterable[bytes]) -> int:
+    """Where frames go while no device is there."""
+    return 0
+
+
 class NetBackend:
     """A network. Either it opens file descriptors, and the core moves the frames without Python, or it is Python.
 
@@ -35,6 +40,8 @@ class NetBackend:
     """Whether UDP segments may be left to it as well; with a header TCP segments always may."""
     mtu: int | None = None
     """The largest payload of a frame, in bytes, if the network has a limit worth telling the driver."""
+    identity: str = ""
+    """What tells this network from others of the host: a part of the addresses that are made for its devices."""
     pcap: int | None = None
     """File descriptor of a capture file: the core writes the frames of both directions to it."""
 
@@ -58,10 +65,13 @@ class NetBackend:
         return self._inject(frames)
 
     def connect(self, inject: Callable[[Iterable[bytes]], int]) -> None:
-        """A device took this backend: `inject` from now on leads to it."""
+        """A device took this backend: `inject` leads to it until `disconnect`."""
         self._inject = inject
 
-    _inject: Callable[[Iterable[bytes]], int] = staticmethod(lambda _: 0)
+    def disconnect(self) -> None:
+        self._inject = nowhere
+
+    _inject: Callable[[Iterable[bytes]], int] = staticmethod(nowhere)
 
     def set_offload(self, features: NetFeature) -> None:
         """The driver takes frames with these of the GUEST_ offloads, and no others."""

@@ -13,5 +13,9 @@ def console() -> int:
     return main(["serve", "console", *sys.argv[1:]])
 
 
+def net() -> int:
+    return main(["serve", "net", *sys.argv[1:]])
+
+
 def rng() -> int:
     return main(["serve", "rng", *sys.argv[1:]])

@@ -8,6 +8,7 @@ DEVICES = {
     "balloon": "pyvirtio.devices.balloon:Balloon",
     "blk": "pyvirtio.devices.blk:Blk",
     "console": "pyvirtio.devices.console:Console",
+    "net": "pyvirtio.devices.net:Net",
     "rng": "pyvirtio.devices.rng:Rng",
 }
 """Short name -> `module:Class`; on a PCI bus `blk` is called `virtio-blk-pci`."""

@@ -53,6 +53,7 @@ class Backend:
             Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothreads[index % _spread(q, iothreads)])
             for index, q in enumerate(queues)
         ]
+        device.loops = [vring.iothread.loop for vring in self.vrings]
         self.events = Events(device, self.state, iothreads[0].loop)
         self._log: GuestMemory | None = None
         self._log_call: CallFd | None = None

@@ -5,7 +5,7 @@ BARs as in QEMU: 0 legacy registers (I/O), 1 MSI-X, 2 notify register in I/O spa
 
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from threading import RLock
 from typing import Annotated, Any
@@ -73,6 +73,9 @@ class VirtioPci(PciFunction):
         name: str,
         iothread: Annotated[IoThread, "I/O thread that serves the queues, by default one for all devices"],
         slot: Annotated[int, "slot on the bus, by default the next free one", Range(1, 31)],
+        iothread_vq_mapping: Annotated[
+            Sequence[IoThread], "I/O threads that the queues, of net the queue pairs, are dealt out to in turn"
+        ] = (),
         ioeventfd: Annotated[bool | None, "kicks do not leave the guest; the device type's default"] = None,
         vectors: Annotated[
             int | None, "MSI-X vectors, 0 = INTx only; one more than queues", Range(0, msix.MAX_VECTORS)
@@ -104,6 +107,7 @@ class VirtioPci(PciFunction):
             iothread,
             self._assign_ioeventfd,
             ioeventfd=device.ioeventfd if ioeventfd is None else ioeventfd,
+            mapping=iothread_vq_mapping,
         )
         self._add_interrupts(len(self.dataplane.queues) + 1 if vectors is None else vectors)
         generic = {

@@ -3,6 +3,7 @@
 mod aligned;
 pub mod blk;
 mod file;
+pub mod net;
 mod null;
 mod transfer;
 mod uring;

@@ -1,0 +1,51 @@
+"""The other end of a network device's cable, in the hands of a test."""
+
+import os
+import socket
+from typing import Literal
+
+from pyvirtio.backends.net import NetBackend
+from pyvirtio.testing.net import Header
+from pyvirtio.testing.queue import HANG
+
+
+class Wire(NetBackend):
+    """Socket pairs, one for each queue pair: the device has one end of each, the test the other."""
+
+    uso = True
+
+    def __init__(
+        self, pairs: int = 1, *, framing: Literal["datagram", "stream"] = "datagram", header: bool = True
+    ) -> None:
+        kind = socket.SOCK_STREAM if framing == "stream" else socket.SOCK_SEQPACKET
+        self.framing, self.vnet_header = framing, header
+        ends = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(pairs)]
+        self.fds = [end.detach() for end, _ in ends]
+        self.peers = [peer for _, peer in ends]
+        for peer in self.peers:
+            peer.settimeout(HANG)
+        self.offloads: list[int] = []
+        self.active: list[int] = []
+
+    def put(self, frame: bytes, header: Header | None = None, *, pair: int = 0) -> None:
+        """Send a frame to the device."""
+        front = (header or Header()).pack() if self.vnet_header else b""
+        self.peers[pair].sendall(front + frame)
+
+    def take(self, *, pair: int = 0) -> tuple[Header, bytes]:
+        """The next frame from the device."""
+        data = self.peers[pair].recv(1 << 17)
+        return (Header.unpack(data), data[12:]) if self.vnet_header else (Header(), data)
+
+    def set_offload(self, features: int) -> None:
+        self.offloads.append(int(features))
+
+    def set_queue_pairs(self, count: int) -> None:
+        self.active.append(count)
+
+    def close(self) -> None:
+        fds, self.fds = self.fds, []
+        for fd in fds:
+            os.close(fd)
+        for peer in self.peers:
+            peer.close()
