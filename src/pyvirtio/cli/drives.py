@@ -51,10 +51,8 @@ def show_help(texts: Iterable[str]) -> bool:
 
 def _print_help(driver: str | None) -> None:
     if driver in (None, FILE, "help"):
-        print(
-            "--drive file=PATH[,format=raw][,readonly=on|off][,cache=...][,aio=...], or driver=NAME with the driver's properties;"
-        )
-        print("with each: [,id=ID][,if=virtio|none]. file=nbd:... is an NBD server.\n")
+        print("--drive file=PATH[,format=raw][,readonly=on|off][,cache=...][,aio=...]; file=nbd:... is an NBD server.")
+        print("Or driver=NAME with the driver's properties. With each: [,id=ID][,if=virtio|none].\n")
         print_table("driver=", ("name", "what it is"), [(FILE, "a raw image or a block device"), *CATALOGUE.rows()])
     else:
         print_properties(f"--drive driver={driver}", properties_of(CATALOGUE.find(driver)))
