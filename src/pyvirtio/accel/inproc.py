@@ -31,6 +31,8 @@ class InProcess:
         self.memory = memory
         self.bus: Bus | None = None
         self.routes: dict[MsixVector, tuple[int, int]] = {}
+        self.routed = 0
+        """How often `routes` has changed."""
         self.lines: dict[int, IrqLine] = {}
         self.exits = 0
         self.assigns = 0
@@ -86,9 +88,11 @@ class InProcess:
     def route_msi(self, vector: MsixVector, address: int, data: int) -> None:
         """Remember the message that `vector` stands for."""
         self.routes[vector] = (address, data)
+        self.routed += 1
 
     def release_msi(self, vector: MsixVector) -> None:
         self.routes.pop(vector, None)
+        self.routed += 1
 
     def intx_line(self, slot: int) -> IrqLine:
         """An input of the line of that slot; `lines` has the lines themselves."""

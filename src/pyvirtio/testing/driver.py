@@ -197,10 +197,10 @@ class VirtioDriver:
         self.guest.bus.remove(self.function)
         self.function.close()
 
-    def take_interrupts(self) -> bool:
-        """Handle the interrupts that have arrived; return whether there were any."""
-        sources = {id(source): source for source in (self.config_source, *(queue.source for queue in self.queues))}
-        taken = [source for source in sources.values() if source.take()]
+    def take_interrupts(self, only: Interrupts | None = None) -> bool:
+        """Handle the interrupts that have arrived, or those of one source; return whether there were any."""
+        everything = [self.config_source, *[queue.source for queue in self.queues]] if only is None else [only]
+        taken = [source for source in dict.fromkeys(everything) if source.take()]
         for queue in self.queues:
             if queue.source in taken:
                 queue.collect()

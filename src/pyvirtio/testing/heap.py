@@ -27,4 +27,4 @@ class Heap:
 
 
 def _room(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
+    return 1 << (size - 1).bit_length() if size > 16 else 16

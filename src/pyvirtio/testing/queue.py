@@ -49,7 +49,7 @@ class Driver(Protocol):
     @property
     def config_source(self) -> Interrupts: ...
     def notify(self, index: int, size: int) -> None: ...
-    def take_interrupts(self) -> bool: ...
+    def take_interrupts(self, only: Interrupts | None = None) -> bool: ...
     def check(self) -> None: ...
     def held(self, index: int) -> int:
         """Chains of a queue that the device has taken and not completed, as far as the driver can know."""
@@ -63,9 +63,15 @@ class Msi:
     def __init__(self, accel: InProcess, address: int, data: int) -> None:
         self.accel, self.message = accel, (address, data)
         self.count = self.config_count = 0
+        self._fds: list[int] = []
+        self._routed = -1
 
     def fds(self) -> list[int]:
-        return [vector.fd for vector, message in list(self.accel.routes.items()) if message == self.message]
+        if self._routed != self.accel.routed:
+            self._routed = self.accel.routed
+            routes = list(self.accel.routes.items())
+            self._fds = [vector.fd for vector, message in routes if message == self.message]
+        return self._fds
 
     def take(self) -> bool:
         taken = sum(_drain(fd) for fd in self.fds())
@@ -122,7 +128,10 @@ def sleep_on(fds: Iterable[int], seconds: float) -> bool:
 
 def _drain(fd: int) -> int:
     """How often an eventfd was signalled since it was last read; does not block."""
-    return os.eventfd_read(fd) if sleep_on([fd], 0) else 0
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
 
 
 class Buffer:
@@ -144,7 +153,8 @@ class Buffer:
 
     def wait(self, timeout: float = HANG) -> bytes:
         """Sleep until an interrupt shows that the device has used the buffer; return what it wrote."""
-        self.queue.wait_until(lambda: self.done, f"buffer {self.head} is used", timeout)
+        if self.used_len is None:
+            self.queue.wait_until(lambda: self.done, f"buffer {self.head} is used", timeout)
         return self.data
 
     def finish(self, used_len: int | None) -> None:
@@ -156,8 +166,13 @@ class Buffer:
 
     def free(self) -> None:
         """Give the guest memory of the request back."""
-        for address, length in (*self.readable, *self.writable, *([self.table] if self.table else [])):
-            self.queue.heap.free(address, length)
+        free = self.queue.heap.free
+        for address, length in self.readable:
+            free(address, length)
+        for address, length in self.writable:
+            free(address, length)
+        if self.table:
+            free(*self.table)
 
 
 class Queue:
@@ -192,7 +207,8 @@ class Queue:
         sizes = [writable] if isinstance(writable, int) else writable
         out = [self._place(part) for part in parts if part]
         room = [(self.heap.allocate(size), size) for size in sizes if size]
-        descs = [Desc(*range_) for range_ in out] + [Desc(*range_, WRITE) for range_ in room]
+        descs = [Desc(address, length) for address, length in out]
+        descs += [Desc(address, length, WRITE) for address, length in room]
         table = None
         if self.indirect if indirect is None else indirect:
             table = self.place_table(self.ring.linked(descs))
@@ -237,7 +253,7 @@ class Queue:
             if self.polling:
                 self.collect()
                 time.sleep(0.0002)
-            elif not self.driver.take_interrupts():
+            elif not self.driver.take_interrupts(self.source) and not self.driver.take_interrupts():
                 self.driver.check()
                 sleep_on(self.source.fds() + self.driver.config_source.fds(), deadline - time.monotonic())
             if time.monotonic() > deadline:

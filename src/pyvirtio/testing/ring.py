@@ -17,6 +17,9 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1
 
 
+DESC, USED = struct.Struct("<QIHH"), struct.Struct("<II")
+
+
 class Desc(NamedTuple):
     """One descriptor; `WRITE` in the flags means that the device writes."""
 
@@ -27,7 +30,7 @@ class Desc(NamedTuple):
 
     def pack(self) -> bytes:
         """As it stands in the table of a split ring."""
-        return struct.pack("<QIHH", *self)
+        return DESC.pack(*self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Desc:
@@ -36,11 +39,11 @@ class Desc(NamedTuple):
 
 def linked(descs: Sequence[Desc], indexes: Sequence[int]) -> list[Desc]:
     """The descriptors chained to each other, as they stand at `indexes` of a table."""
-    last = len(descs) - 1
-    return [
-        desc if n == last else desc._replace(flags=desc.flags | NEXT, next=indexes[n + 1])
-        for n, desc in enumerate(descs)
+    found = [
+        Desc(address, length, flags | NEXT, next_)
+        for (address, length, flags, _), next_ in zip(descs, indexes[1:], strict=False)
     ]
+    return [*found, *descs[-1:]]
 
 
 class Areas(Protocol):
@@ -65,7 +68,9 @@ class Word:
     @overload
     def __get__(self, ring: Areas, owner: object) -> int: ...
     def __get__(self, ring: Areas | None, owner: object) -> int | Word:
-        return self if ring is None else ring.memory.load16(self.address(ring))
+        if ring is None:
+            return self
+        return ring.memory.load16(getattr(ring, self.part) + self.after + self.entry * ring.size)
 
     def __set__(self, ring: Areas, value: int) -> None:
         ring.memory.store16(self.address(ring), value & 0xFFFF)
@@ -155,7 +160,7 @@ class SplitRing:
 
     def used_element(self, slot: int) -> tuple[int, int]:
         """(id, len) in an entry of the used ring; `slot` counts on past the size."""
-        id_, length = struct.unpack("<II", self.memory.read(self.used + 4 + 8 * (slot % self.size), 8))
+        id_, length = USED.unpack(self.memory.read(self.used + 4 + 8 * (slot % self.size), 8))
         return id_, length
 
     def add(self, descs: Sequence[Desc]) -> int:

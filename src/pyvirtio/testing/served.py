@@ -15,7 +15,7 @@ from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.serve.wire import Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.pci import Registers
-from pyvirtio.testing.queue import DeviceNeedsReset, sleep_on
+from pyvirtio.testing.queue import DeviceNeedsReset, Interrupts, sleep_on
 from pyvirtio.testing.registers import config_layout
 from pyvirtio.testing.vhost_user import Eventfd, FrontEnd
 
@@ -116,7 +116,9 @@ class VhostUserDriver(FrontEnd):
         self.err.take()
         self.may_break = False
 
-    def take_interrupts(self) -> bool:
+    def take_interrupts(self, only: Interrupts | None = None) -> bool:
+        if only is not None:
+            return super().take_interrupts(only)
         announced = self.announcements.take()
         return super().take_interrupts() or announced
 

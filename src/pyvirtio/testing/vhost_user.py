@@ -247,8 +247,8 @@ class FrontEnd(Connection):
     def held(self, index: int) -> int:
         return 0  # the protocol does not tell
 
-    def take_interrupts(self) -> bool:
-        taken = [queue for queue in self.queues if queue.source.take()]
+    def take_interrupts(self, only: Interrupts | None = None) -> bool:
+        taken = [queue for queue in self.queues if only in (None, queue.source) and queue.source.take()]
         for queue in taken:
             queue.collect()
         return bool(taken)
