@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pyvirtio import Chain, Device, VirtQueue, queue
 from pyvirtio.testing import Guest, VirtioDriver
 from pyvirtio.testing.queue import HANG, Queue, Range
-from pyvirtio.testing.ring import INDIRECT, Desc
+from pyvirtio.testing.ring import INDIRECT, NEXT, Desc
 
 RING = 16
-AVAIL_HEADER = 4
 
 
 class Echo(Device, id=63):
@@ -55,22 +54,30 @@ def echo(q: Queue, data: bytes = b"hello") -> bytes:
 class Attack:
     """A hostile driver of an `Echo`, next to another device that must not notice.
 
-    With `in_table` the chains are placed in an indirect table, so that each malformed chain is tried in both places.
+    With `in_table` the chains are placed in an indirect table, and with `packed` in a packed ring, so that each
+    malformed chain is tried in all places where it can stand.
     """
 
-    def __init__(self, guest: Guest, *, event_idx: bool, in_table: bool = False, features: int = ~0) -> None:
-        self.guest, self.in_table = guest, in_table
+    def __init__(
+        self, guest: Guest, *, event_idx: bool, in_table: bool = False, packed: bool = False, features: int = ~0
+    ) -> None:
+        self.guest, self.in_table, self.packed = guest, in_table, packed
         self.bystander = guest.plug(Echo(), name="bystander")
-        self.driver: VirtioDriver = guest.plug(Echo(), name="victim", event_idx=event_idx, features=features)
+        self.driver: VirtioDriver = guest.plug(
+            Echo(), name="victim", event_idx=event_idx, packed=packed, features=features
+        )
         self.queue: Queue = self.driver.echoq
         self.queue.polling = True
         self.ring = self.queue.ring
         self.buffer = guest.heap.allocate(4096)
 
     def place(self, *descs: Desc) -> None:
-        """Put descriptors into the table as they are, and offer the first."""
+        """Put descriptors into the table as they are, and offer the first; a packed ring links what stands in a row."""
         if self.in_table:
             self.place_indirect(*descs)
+            return
+        if self.packed:
+            self.ring.offer([desc._replace(flags=desc.flags & ~NEXT) for desc in descs], 0)
             return
         for index, desc in enumerate(descs):
             self.ring.write_desc(index, desc)
@@ -79,16 +86,24 @@ class Attack:
     def place_indirect(self, *descs: Desc, flags: int = INDIRECT, length: int | None = None) -> Range:
         """Put descriptors into an indirect table, and offer it; return where it is."""
         address, size = self.queue.place_table(descs)
-        self.ring.write_desc(0, Desc(address, size if length is None else length, flags))
-        self.ring.offer(0)
+        self.offer(Desc(address, size if length is None else length, flags))
         return address, size
+
+    def offer(self, desc: Desc) -> None:
+        """One descriptor, as it is."""
+        if self.packed:
+            self.ring.offer([desc], 0)
+        else:
+            self.ring.write_desc(0, desc)
+            self.ring.offer(0)
 
     def breaks(self, reason: str, *, writable: Sequence[Range] = ()) -> None:
         """Send what was placed: the device must ask for a reset because of it, and recover."""
         with self.harmless(writable):
             self.send()
             assert reason in self.driver.wait_needs_reset()
-        assert self.ring.used_idx == 0
+        assert not self.ring.has_used
+        assert not self.queue.strays
         self.recovers()
 
     def is_served(self, *, times: int = 1, writable: Sequence[Range] = ()) -> list[int]:
@@ -115,10 +130,7 @@ class Attack:
     @contextmanager
     def harmless(self, writable: Sequence[Range] = ()) -> Iterator[None]:
         """No guest byte changes that neither the device nor `publish` may write, and the other device serves."""
-        mine = [self.ring.used_range, (self.ring.avail, AVAIL_HEADER)]
-        if self.ring.event_idx:
-            mine.append((self.ring.avail + AVAIL_HEADER + 2 * self.ring.size, 2))  # used_event, written by `collect`
-        with self.guest.only_writes(*mine, *writable):
+        with self.guest.only_writes(*self.ring.device_ranges, *self.ring.driver_ranges, *writable):
             yield
         assert echo(self.bystander.echoq) == b"hello"
 

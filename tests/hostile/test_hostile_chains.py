@@ -10,20 +10,20 @@ pytestmark = pytest.mark.guest(transport=("modern", "vhost-user"))
 ALL_ONES = (1 << 64) - 1
 
 
-def test_a_descriptor_that_is_its_own_next(attack: Attack) -> None:
-    attack.place(Desc(attack.buffer, 16, NEXT, 0))
-    attack.breaks("longer than")
+def test_a_descriptor_that_is_its_own_next(split: Attack) -> None:
+    split.place(Desc(split.buffer, 16, NEXT, 0))
+    split.breaks("longer than")
 
 
-def test_a_loop_of_two(attack: Attack) -> None:
-    attack.place(Desc(attack.buffer, 16, NEXT, 1), Desc(attack.buffer, 16, NEXT, 0))
-    attack.breaks("longer than")
+def test_a_loop_of_two(split: Attack) -> None:
+    split.place(Desc(split.buffer, 16, NEXT, 1), Desc(split.buffer, 16, NEXT, 0))
+    split.breaks("longer than")
 
 
-def test_a_loop_that_starts_late(attack: Attack) -> None:
-    chain = [Desc(attack.buffer, 1, NEXT, n + 1) for n in range(RING - 1)]
-    attack.place(*chain, Desc(attack.buffer, 1, NEXT, 7))
-    attack.breaks("longer than")
+def test_a_loop_that_starts_late(split: Attack) -> None:
+    chain = [Desc(split.buffer, 1, NEXT, n + 1) for n in range(RING - 1)]
+    split.place(*chain, Desc(split.buffer, 1, NEXT, 7))
+    split.breaks("longer than")
 
 
 def test_a_chain_as_long_as_the_queue_is_served(attack: Attack) -> None:
@@ -33,9 +33,9 @@ def test_a_chain_as_long_as_the_queue_is_served(attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("index", [RING, RING + 1, 0x8000, 0xFFFF])
-def test_a_next_past_the_table(attack: Attack, index: int) -> None:
-    attack.place(Desc(attack.buffer, 16, NEXT, index), Desc(attack.buffer, 16))
-    attack.breaks(f"next {index} is past")
+def test_a_next_past_the_table(split: Attack, index: int) -> None:
+    split.place(Desc(split.buffer, 16, NEXT, index), Desc(split.buffer, 16))
+    split.breaks(f"next {index} is past")
 
 
 @pytest.mark.parametrize("head", [RING, RING + 1, 0x8000, 0xFFFF])
@@ -44,9 +44,9 @@ def test_a_head_past_the_table(direct: Attack, head: int) -> None:
     direct.breaks(f"head {head} is past")
 
 
-def test_a_descriptor_of_all_ones(attack: Attack) -> None:
-    attack.place(Desc(ALL_ONES, 0xFFFFFFFF, 0xFFFF, 0xFFFF))
-    attack.breaks("echoq")
+def test_a_descriptor_of_all_ones(split: Attack) -> None:
+    split.place(Desc(ALL_ONES, 0xFFFFFFFF, 0xFFFF, 0xFFFF))
+    split.breaks("echoq")
 
 
 def test_the_same_head_twice_in_a_batch_is_served_twice(direct: Attack) -> None:
