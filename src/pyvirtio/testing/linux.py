@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Self
 
 from pyvirtio.device import Device
@@ -64,11 +65,18 @@ class LinuxGuest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the machine. Twice is once."""
+        if self._reader < 0:
+            return
         if self._thread.ident is not None:
             self.machine.quit()
             self._thread.join()
         self.machine.close()
         os.close(self._reader)
+        self._reader = -1
 
     def plug(self, device: Device, name: str | None = None, **properties: Any) -> VirtioPci:
         """Add a device before the guest boots; `properties` are those of virtio-pci."""
@@ -79,6 +87,12 @@ class LinuxGuest:
         """Start the machine and wait for the shell; return what the kernel said on the way."""
         self._thread.start()
         return self.wait_for_shell(timeout)
+
+    def restore(self, snapshot: Path, timeout: float = 300) -> str:
+        """Go on from a snapshot in place of `boot`; return what the line that ran then still prints."""
+        self.machine.restore(snapshot)
+        self._thread.start()
+        return self._finish("restored", None, timeout)
 
     def wait_for_shell(self, timeout: float = 300) -> str:
         """Wait until the shell takes lines: after `boot`, or a reboot that the guest itself asked for."""
@@ -102,6 +116,13 @@ class LinuxGuest:
         if since is not None:
             lines = lines[1 + max(n for n, line in enumerate(lines) if line.endswith(f"] {since}")) :]
         return "\n".join(lines)
+
+    def wait_for_line(self, text: str, timeout: float = 120) -> None:
+        """Read on until a line of output contains `text`: of a line that was typed and has not ended."""
+        deadline = time.monotonic() + timeout
+        while (line := self._read_line(deadline)) is None or text not in line:
+            if line is None:
+                raise GuestFailed(f"the guest does not say {text!r}; it said last: {self._held.decode()}")
 
     def type(self, line: str, timeout: float = 60) -> None:
         """Send a line without waiting for its end."""
