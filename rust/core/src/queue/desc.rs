@@ -10,6 +10,7 @@ pub const INDIRECT: u16 = 4;
 pub const DESC_SIZE: u64 = 16;
 
 /// One descriptor, as it was when it was read.
+#[derive(Clone, Copy)]
 pub struct Desc {
     pub address: u64,
     pub length: u32,
@@ -27,6 +28,11 @@ impl Desc {
     /// Of a packed ring: address, length, buffer id, flags.
     pub fn packed(address: u64, rest: u64) -> Self {
         Self { address, length: rest as u32, link: (rest >> 32) as u16, flags: (rest >> 48) as u16 }
+    }
+
+    /// The second half of a descriptor of a packed ring: length, buffer id, flags.
+    pub fn packed_rest(&self) -> u64 {
+        u64::from(self.length) | u64::from(self.link) << 32 | u64::from(self.flags) << 48
     }
 
     /// Add its buffer to a chain.

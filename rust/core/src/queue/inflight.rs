@@ -42,6 +42,18 @@ impl InflightRegion {
         let (header, entry) = LARGEST;
         (header + u64::from(entries) * entry).next_multiple_of(ALIGN)
     }
+
+    /// Where it is mapped, if it is large enough for a ring of `size` entries.
+    pub(super) fn words(&self, size: u16) -> Result<*const AtomicU64, GuestError> {
+        let words: *const AtomicU64 = self.memory.host(self.at, Self::bytes(self.entries))?.cast();
+        if !words.is_aligned() {
+            return Err(garbage(&format!("it starts at {:#x}, which is no multiple of 8", self.at)));
+        }
+        if size > self.entries {
+            return Err(garbage(&format!("it has {} entries and the ring {size}", self.entries)));
+        }
+        Ok(words)
+    }
 }
 
 /// The notes about a split ring. Only touched with the queue's lock held.
@@ -66,14 +78,7 @@ unsafe impl Sync for Inflight {}
 impl Inflight {
     /// Take over what the region says of a ring of `size` entries, whose used index is `used_idx`.
     pub fn open(region: &InflightRegion, size: u16, used_idx: u16) -> Result<Self, GuestError> {
-        let bytes = InflightRegion::bytes(region.entries);
-        let words: *const AtomicU64 = region.memory.host(region.at, bytes)?.cast();
-        if !words.is_aligned() {
-            return Err(garbage(&format!("it starts at {:#x}, which is no multiple of 8", region.at)));
-        }
-        if size > region.entries {
-            return Err(garbage(&format!("it has {} entries and the ring {size}", region.entries)));
-        }
+        let words = region.words(size)?;
         let (batch, again) = (Vec::with_capacity(size.into()), VecDeque::new());
         let mut inflight = Self { _memory: region.memory.clone(), words, size, counter: 0, batch, again };
         inflight.check_header(region.entries, used_idx)?;
@@ -197,6 +202,6 @@ impl Inflight {
     }
 }
 
-fn garbage(what: &str) -> GuestError {
+pub(super) fn garbage(what: &str) -> GuestError {
     GuestError(format!("the region of requests in flight: {what}"))
 }

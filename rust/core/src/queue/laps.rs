@@ -76,6 +76,12 @@ impl<C: PackedCells> Laps<C> {
         }
     }
 
+    /// Go on somewhere else, before anything was taken.
+    pub fn move_to(&mut self, next_avail: Place, next_used: Place) {
+        (self.next_avail, self.seen, self.looked) = (next_avail, next_avail, next_avail);
+        (self.next_used, self.published) = (next_used, next_used);
+    }
+
     fn size(&self) -> u32 {
         u32::from(self.size)
     }
@@ -114,7 +120,8 @@ impl<C: PackedCells> Laps<C> {
         (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
     }
 
-    fn available(&self, place: Place) -> bool {
+    /// Whether the descriptor there is available to the device.
+    pub fn available(&self, place: Place) -> bool {
         self.is_available(place, (self.cells.word(self.index(place)) >> 48) as u16)
     }
 

@@ -3,6 +3,7 @@
 mod desc;
 pub mod doorbell;
 mod inflight;
+mod inflight_packed;
 pub mod laps;
 #[cfg(all(test, loom))]
 mod model;

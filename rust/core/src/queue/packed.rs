@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::desc::{check_areas, Desc, Table, DESC_SIZE, INDIRECT, NEXT};
+use super::inflight_packed::PackedInflight;
 use super::laps::{Laps, PackedCells, Place, Surplus};
 use super::ring::{Receipt, Used};
 use super::RingConfig;
@@ -87,6 +88,7 @@ impl PackedCells for Areas {
 pub struct PackedRing {
     laps: Laps<Areas>,
     indirect: bool,
+    inflight: Option<PackedInflight>,
 }
 
 impl PackedRing {
@@ -98,7 +100,17 @@ impl PackedRing {
             Laps::<Areas>::decode(size, raw).ok_or_else(past)
         };
         let laps = Laps::new(areas, size, event_idx, in_order, place(next_avail)?, place(next_used)?);
-        Ok(Self { laps, indirect: config.indirect })
+        let mut ring = Self { laps, indirect: config.indirect, inflight: None };
+        if let Some(region) = &config.inflight {
+            let told = |used| place(used).is_ok_and(|used| !ring.laps.available(used));
+            let inflight = PackedInflight::open(region, size, next_used, told)?;
+            if let Some((used, descs)) = inflight.position() {
+                let used = place(used)?;
+                ring.laps.move_to(ring.laps.after(used, descs), used);
+            }
+            ring.inflight = Some(inflight);
+        }
+        Ok(ring)
     }
 
     /// Go on in other guest memory, at the same addresses.
@@ -140,11 +152,19 @@ impl PackedRing {
     }
 
     pub fn look(&mut self) -> Result<bool, GuestError> {
-        self.laps.look().map_err(|surplus| self.too_many(surplus))
+        let news = self.laps.look().map_err(|surplus| self.too_many(surplus))?;
+        Ok(news || self.inflight.as_ref().is_some_and(PackedInflight::is_unfinished))
     }
 
     pub fn publish(&mut self, _idle: bool) -> Option<bool> {
-        self.laps.publish()
+        if let Some(inflight) = &mut self.inflight {
+            inflight.publishing(self.laps.encode(self.laps.next_used));
+        }
+        let decision = self.laps.publish()?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published();
+        }
+        Some(decision)
     }
 
     fn too_many(&self, _: Surplus) -> GuestError {
@@ -153,26 +173,61 @@ impl PackedRing {
 
     /// Take the next chain: how to give it back, and its checked segments.
     pub fn take(&mut self, inside: bool) -> Result<Option<(Receipt, Segments)>, GuestError> {
+        if let Some(again) = self.take_again()? {
+            return Ok(Some(again));
+        }
         let Some(place) = self.laps.next(inside).map_err(|surplus| self.too_many(surplus))? else {
             return Ok(None);
         };
         let first = self.laps.index(place);
+        let tracked = self.inflight.is_some();
+        let mut noted = Vec::new();
+        let next = |place| {
+            let desc = self.desc(place)?;
+            noted.extend(tracked.then_some(desc));
+            Ok(desc)
+        };
         let (id, descs, segments) =
-            self.walk(place).map_err(|error| GuestError(format!("chain at {first}: {error}")))?;
+            self.walk(place, next).map_err(|error| GuestError(format!("chain at {first}: {error}")))?;
         self.laps.taken(descs).map_err(|surplus| self.too_many(surplus))?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(id, noted)?;
+        }
         Ok(Some((Receipt { id, descs, ticket: 0 }, segments)))
     }
 
-    /// Buffer id, number of descriptors and segments of the chain that starts there.
     pub fn untake(&mut self, receipt: Receipt) {
-        self.laps.untake(receipt.descs);
+        match &mut self.inflight {
+            // It stays noted as in flight, wherever the device stops.
+            Some(inflight) => inflight.untake(receipt.id),
+            None => self.laps.untake(receipt.descs),
+        }
     }
 
-    fn walk(&self, start: Place) -> Result<(u16, u16, Segments), GuestError> {
+    /// What an earlier process took and never gave back comes first, from its descriptors as it noted them.
+    fn take_again(&mut self) -> Result<Option<(Receipt, Segments)>, GuestError> {
+        let Some(chain) = self.inflight.as_mut().and_then(PackedInflight::again) else {
+            return Ok(None);
+        };
+        let mut noted = chain.descs.iter();
+        let next = |_| noted.next().copied().ok_or_else(|| GuestError("a chain that was noted has no end".into()));
+        let (id, descs, segments) = self.walk(0, next)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.resumed(id, chain)?;
+        }
+        Ok(Some((Receipt { id, descs, ticket: 0 }, segments)))
+    }
+
+    /// Buffer id, number of descriptors and segments of the chain that starts there and that `next` reads.
+    fn walk(
+        &self,
+        start: Place,
+        mut next: impl FnMut(Place) -> Result<Desc, GuestError>,
+    ) -> Result<(u16, u16, Segments), GuestError> {
         let mut segments = Segments::default();
         let mut place = start;
         for descs in 1..=self.size() {
-            let desc = self.desc(place)?;
+            let desc = next(place)?;
             if desc.flags & INDIRECT != 0 {
                 self.walk_table(&desc, descs > 1, &mut segments).map_err(|error| self.at(place, &error))?;
             } else {
@@ -226,5 +281,8 @@ impl PackedRing {
     /// Write a used descriptor; `publish` makes it known.
     pub fn put(&mut self, used: Used) {
         self.laps.put(used.receipt.id, used.receipt.descs, used.length, used.whole);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put(used.receipt.id);
+        }
     }
 }

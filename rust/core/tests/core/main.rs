@@ -6,6 +6,7 @@ mod driver;
 mod garbage;
 mod hostile;
 mod inflight;
+mod inflight_packed;
 mod interrupts;
 mod memory;
 mod notifications;

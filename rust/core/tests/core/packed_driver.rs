@@ -87,6 +87,18 @@ impl PackedDriver {
         Self { driver, next, seen, descs: HashMap::new() }
     }
 
+    /// The same driver and its memory, with a device that knows nothing of what was before.
+    pub fn with_a_new_device(&self) -> Self {
+        let mut driver = self.driver.with_a_new_device();
+        (driver.config.next_avail, driver.config.next_used) = (FRESH, FRESH);
+        Self { driver, next: self.next, seen: self.seen, descs: self.descs.clone() }
+    }
+
+    /// Descriptors that the driver may still make available.
+    pub fn room(&self) -> u16 {
+        self.config.size - self.descs.values().sum::<u16>()
+    }
+
     /// A descriptor as it stands in memory: the address first, then all the rest at once.
     pub fn raw(&self, index: u16, (address, length, flags): Part, id: u16) {
         let at = DESC + 16 * u64::from(index);
