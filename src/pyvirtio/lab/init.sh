@@ -48,7 +48,9 @@ output=$(echo /dev/vport*p1)
 # A pipe between the command and the port: a command that sets O_NONBLOCK on its output would lose data otherwise.
 # The end mark travels behind the output, in the same stream, so that it cannot overtake any of it.
 {
-    chroot /host /bin/sh -c "$(cat /etc/command)" </dev/null 2>&1
+    # The host's files become the root of a mount namespace: below a mere chroot, there are no user namespaces.
+    unshare -m sh -c 'cd /host && mount --move . / && exec chroot . /bin/sh -c "$1"' sh "$(cat /etc/command)" \
+        </dev/null 2>&1
     echo $? >/tmp/status
 } | cat >"$output"
 [ "$writable" = 1 ] && sync
