@@ -3,6 +3,7 @@
 from typing import Any
 
 from pyvirtio.device import Device
+from pyvirtio.spec import Feature
 from pyvirtio.testing import VirtioDriver
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm.snapshot import decode, encode
@@ -21,6 +22,8 @@ def restored(driver: VirtioDriver, device: Device, state: dict[str, Any], **prop
     guest.bus.remove(old)
     old.close()
     properties.setdefault("ioeventfd", not old.ioeventfd)  # the state has the last word
+    properties.setdefault("packed", bool(old.driver.offered & Feature.RING_PACKED))
+    properties.setdefault("in_order", bool(old.driver.offered & Feature.IN_ORDER))
     function = VirtioPci(device, guest.accel, name=old.name, iothread=guest.iothread, slot=old.slot, **properties)
     guest.bus.add(function)
     driver.function = function

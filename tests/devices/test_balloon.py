@@ -58,6 +58,7 @@ def test_a_deflated_page_is_memory_again(guest: Guest) -> None:
     assert guest.memory.read(page * PAGE, 5) == b"again"
 
 
+@pytest.mark.guest(transport=("modern", "legacy", "vhost-user"))
 def test_memory_above_4_gib(guest: Guest) -> None:
     driver = guest.plug(Balloon())
     guest.memory.write(guest.high + PAGE, b"high")

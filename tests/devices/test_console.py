@@ -63,6 +63,7 @@ class Ports:
     """A driver of several ports: gives buffers to the control queue and reads what comes."""
 
     def __init__(self, guest: Guest, console: Console) -> None:
+        self.console = console
         self.driver = guest.plug(console)
         self.buffers = [self.driver.c_receiveq.add(writable=64) for _ in range(16)]
         self.driver.c_receiveq.kick()
@@ -83,8 +84,7 @@ class Ports:
     def start(self) -> None:
         """What Linux does with each port, a program that opens it included."""
         self.say(0xFFFFFFFF, Control.DEVICE_READY)
-        device: Console = self.driver.function.device  # type: ignore[assignment]
-        added = [self.hear()[:2] for _ in device.ports[0 if device.has_console else 1 :]]
+        added = [self.hear()[:2] for _ in self.console.ports[0 if self.console.has_console else 1 :]]
         for number, event in added:
             assert event is Control.DEVICE_ADD
             self.say(number, Control.PORT_READY)
@@ -100,6 +100,7 @@ def wire() -> Iterator[Wire]:
     chardev.close()
 
 
+@pytest.mark.guest(transport=("modern", "legacy", "vhost-user"))
 def test_what_the_guest_sends_arrives(guest: Guest, wire: Wire) -> None:
     driver = plug_single(guest, wire)
     buffers = [driver.transmitq0.add(b"line %d\n" % n) for n in range(3)]
@@ -108,6 +109,7 @@ def test_what_the_guest_sends_arrives(guest: Guest, wire: Wire) -> None:
     assert [buffer.wait() for buffer in buffers] == [b""] * 3
 
 
+@pytest.mark.guest(transport=("modern", "legacy", "vhost-user"))
 def test_what_is_typed_arrives_in_the_buffers_of_the_guest(guest: Guest, wire: Wire) -> None:
     driver = plug_single(guest, wire)
     first, second = [driver.receiveq0.add(writable=4) for _ in range(2)]
@@ -213,6 +215,7 @@ def test_the_ports_introduce_themselves(guest: Guest) -> None:
     assert ports.driver.config.max_nr_ports == 3
 
 
+@pytest.mark.guest(transport=("modern", "vhost-user"))
 def test_without_a_console_port_0_does_not_exist(guest: Guest) -> None:
     ports = Ports(guest, Console(ports=[Wire("only")]))
     ports.say(0, Control.DEVICE_READY)
@@ -233,6 +236,7 @@ def test_bytes_go_through_the_port_they_belong_to(guest: Guest) -> None:
         assert wire.receive(6) == b"from %d" % number
 
 
+@pytest.mark.guest(transport=("modern", "vhost-user"))
 def test_a_port_that_no_program_has_open_gets_nothing(guest: Guest) -> None:
     wire = Wire("a")
     ports = Ports(guest, Console(ports=[wire]))
@@ -328,11 +332,11 @@ def test_a_console_goes_on_elsewhere(guest: Guest) -> None:
     """Ports that were open are, what was typed and not yet taken is there, and the guest is told who is connected."""
     ports = Ports(guest, Console(ports=[Wire("a")]))
     ports.start()
-    first = ports.driver.function.device
+    first = ports.console
     first.ports[1].chardev.far.send(b"typed before")  # type: ignore[attr-defined]
     ports.driver.receiveq1.add(writable=5)
     ports.driver.receiveq1.kick()
-    until(lambda: first.ports[1].inbox == b" before")  # type: ignore[attr-defined]
+    until(lambda: first.ports[1].inbox == b" before")
     wire = Wire("a")
     restored(ports.driver, Console(ports=[wire]), saved(ports.driver))
     buffer = ports.driver.receiveq1.add(writable=16)
