@@ -1,6 +1,7 @@
 """Each rule of a ring, broken once; and a driver that breaks none, whatever it is like."""
 
 from collections.abc import Callable
+from weakref import WeakSet
 
 import pytest
 
@@ -14,6 +15,8 @@ from pyvirtio.testing.ring import INDIRECT, NEXT, WRITE, Desc, linked
 
 BUFFER = 0x9_0000
 RING = 8
+keepers: "WeakSet[Keeper]" = WeakSet()
+"""The device of the test that runs."""
 
 
 class Keeper(Device, id=4):
@@ -21,6 +24,7 @@ class Keeper(Device, id=4):
 
     def __init__(self) -> None:
         self.chains: list[object] = []
+        keepers.add(self)
 
     @queue(size=RING)
     def requestq(self, vq: VirtQueue) -> None:
@@ -47,6 +51,8 @@ def twice(vq: Queue) -> None:
 
 def jump(vq: Queue, to: int) -> None:
     offer(vq, Desc(BUFFER, 4, WRITE))
+    vq.polling = True
+    vq.wait_until(lambda: any(keeper.chains for keeper in keepers), "the device has the buffer")
     vq.ring.next_avail = to
     vq.kick()
 

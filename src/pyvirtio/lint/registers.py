@@ -184,7 +184,8 @@ class ModernRegisters:
             self._driver(COMMON, f"wrote {value} to queue_enable of queue {index}")
         if register.name in QUEUE_FIELDS and setup.enabled:
             self._driver(COMMON, f"wrote to {register.name} of queue {index}, which is enabled")
-        if register.name in QUEUE_FIELDS | {"queue_enable"} and not self.status & Status.FEATURES_OK:
+        unmapped = register.name == "queue_msix_vector" and value == NO_VECTOR  # also when a driver cleans up
+        if register.name in QUEUE_FIELDS | {"queue_enable"} and not self.status & Status.FEATURES_OK and not unmapped:
             self._driver(INIT, f"wrote to {register.name} of queue {index} before FEATURES_OK")
         if register.name == "queue_size" and (value & (value - 1) or not value) and not self._packed:
             self._driver(COMMON, f"wrote {value} to queue_size of queue {index}, which is no power of two")
