@@ -11,7 +11,7 @@ from typing import Any
 from pyvirtio import Device, VirtQueue, queue
 from pyvirtio._core import CallFd, DeviceState
 from pyvirtio._core import VirtQueue as CoreQueue
-from pyvirtio.spec import Feature
+from pyvirtio.spec import Feature, NetFeature
 from pyvirtio.testing import Guest
 from pyvirtio.vhost import kernel
 
@@ -27,6 +27,7 @@ class Pairs(Device, id=1):
 
     def __init__(self, pairs: int = 1, size: int = 16) -> None:
         self.rings, self.size = 2 * pairs, size
+        self.device_features = int(NetFeature.MQ)
         self.vhost = [(os.eventfd(0), os.eventfd(0)) for _ in range(pairs)]
         self.threads: set[int] = set()
 

@@ -9,7 +9,7 @@ import pytest
 from fake_vhost import FakeVhost, Pairs
 from notified import function_level_reset, modes, notifiers_of
 
-from pyvirtio.spec import Feature
+from pyvirtio.spec import Feature, NetFeature
 from pyvirtio.testing import Guest, VirtioDriver
 from pyvirtio.testing.driver import Interface
 from pyvirtio.testing.queue import HANG, Queue
@@ -210,6 +210,14 @@ def test_request_k_fails_at_driver_ok(guest: Guest, fake: FakeVhost, caplog: pyt
     assert vhost_of(driver).enabled
     driver.start()
     assert answers(driver) == [VHOST, VHOST, OWN]
+
+
+def test_without_multiqueue_the_third_queue_is_ours(guest: Guest, fake: FakeVhost) -> None:
+    driver = guest.plug(Pairs(2), features=~int(NetFeature.MQ))
+    assert answers(driver) == [VHOST, VHOST, OWN, OWN, OWN]
+    driver.features_wanted = ~0
+    driver.start()
+    assert answers(driver) == [VHOST] * 4 + [OWN]
 
 
 def test_what_is_switched_on_and_fails_is_an_error(guest: Guest, fake: FakeVhost) -> None:

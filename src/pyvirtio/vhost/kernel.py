@@ -37,6 +37,7 @@ SET_VRING_ERR = 0x4008AF22
 NET_SET_BACKEND = 0x4008AF30
 
 NO_FD = -1
+PAIR = 2
 SHORT_HEADER = 10
 RING_FEATURES = (
     NetFeature.MRG_RXBUF
@@ -141,7 +142,9 @@ class VhostNet:
         for vhost, tap in pairs:
             self._add(vhost, tap)
         interrupts.follow(self._connect)
-        self.enabled = True
+        driver.on_start = self._agree
+        self._lent = range(0)
+        self._enabled = True
 
     def _add(self, vhost: int, tap: int) -> None:
         ioctl(vhost, SET_OWNER)
@@ -159,11 +162,16 @@ class VhostNet:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._enabled = value
-        queues = range(len(self._rings))
+        self._notifiers.release(self._lent)
         if value:
-            self._notifiers.grab(queues, self._serve)
-        else:
-            self._notifiers.release(queues)
+            self._notifiers.grab(self._lent, self._serve)
+
+    def _agree(self, features: int) -> None:
+        """Without MQ the driver has one pair, and its third queue is the control queue (virtio 1.3, 5.1.2)."""
+        self._notifiers.release(self._lent)
+        self._lent = range(len(self._rings) if features & NetFeature.MQ else PAIR)
+        if self._enabled:
+            self._notifiers.grab(self._lent, self._serve)
 
     def close(self) -> None:
         self.enabled = False
@@ -195,7 +203,7 @@ class VhostNet:
         ioctl(ring.vhost, SET_FEATURES, struct.pack("=Q", features))
         ioctl(ring.vhost, SET_MEM_TABLE, self._memory.table)
         ring.start(next_avail, self._driver.setups[ring.queue.index], self._memory)
-        loop = self._driver.dataplane.iothread.loop
+        loop = self._driver.dataplane.iothreads[ring.queue.index].loop
         with self._lock:
             ring.watches.append(loop.watch(ring.call, partial(self._called, ring)))
             ring.watches.append(loop.watch(ring.error, partial(self._gave_up, ring)))
