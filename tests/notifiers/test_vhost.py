@@ -182,3 +182,15 @@ def test_a7_a_pause_while_vhost_holds_them(guest: Guest) -> None:
     assert echo(driver.echoq) == b"vhost"
     vhost.give_back()
     assert echo(driver.echoq) == b"hello"
+
+
+def test_a7_vhost_stops_for_a_pause_and_goes_on(guest: Guest) -> None:
+    driver = guest.plug(Echo(2))
+    vhost = Refusing(-1)
+    notifiers_of(driver).grab(range(2), vhost.serve)
+    for _ in range(3):
+        notifiers_of(driver).hold()
+        assert (vhost.serving, modes(driver)) == (0, ["paused"] * 2)
+        assert guest.accel.ioeventfds == set()
+        notifiers_of(driver).unhold()
+        assert (vhost.serving, modes(driver)) == (2, ["vhost"] * 2)

@@ -2,7 +2,7 @@
 
 import hashlib
 from ctypes import LittleEndianStructure, c_uint8, c_uint16
-from typing import Annotated
+from typing import Annotated, Any
 
 from pyvirtio._core import NetPlane, VirtQueue
 from pyvirtio.backends.net import NetBackend
@@ -168,6 +168,21 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
         self.netdev.set_queue_pairs(1)
         self.plane.open(features, [self.loops[2 * pair] for pair in range(self.pairs)])
         self.control.reset()
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self.control.restore(restored)
+
+    _restored: dict[str, Any] | None = None
+    """What the driver of another process had asked for, until it is activated here."""
+
+    def save(self) -> dict[str, Any]:
+        """Frames on their way are not part of it: networks lose some."""
+        return {**super().save(), "control": self.control.save() if self.agreed else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self._restored = state["control"]
+        self.plane.set_link(bool(self.config.status & LINK_UP))
 
     def set_queue_pairs(self, count: int) -> None:
         """The driver uses the first `count` pairs from now on."""
@@ -182,6 +197,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
     def reset(self) -> None:
         self.plane.close()
         self._agreed = NetFeature(0)
+        self._restored = None
         self.mac = bytes(6)  # the driver may have set another
 
     def close(self) -> None:

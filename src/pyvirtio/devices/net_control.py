@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvirtio._core import Chain
 from pyvirtio.errors import ConfigError
@@ -48,8 +48,29 @@ class Control:
         """A driver begins: it receives every frame until it asks for less, but no VLAN if it can ask for some."""
         self.modes = dict.fromkeys(RX_MODES, False) | {"promiscuous": True}
         self.macs: list[bytes] = []
+        self.queue_pairs = 1
+        self.offloads: int | None = None
+        """Those that the driver takes, if it takes others than it agreed to."""
         self.vlans = bytearray(VLANS // 8) if self.net.agreed & NetFeature.CTRL_VLAN else None
         self.filter()
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "modes": self.modes,
+            "macs": self.macs,
+            "vlans": self.vlans,
+            "queue_pairs": self.queue_pairs,
+            "offloads": self.offloads,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Ask for what `save` says, after `reset`."""
+        self.modes, self.macs = state["modes"], state["macs"]
+        self.vlans = None if state["vlans"] is None else bytearray(state["vlans"])
+        self.filter()
+        self._use_queue_pairs(state["queue_pairs"])
+        if state["offloads"] is not None:
+            self._take_offloads(state["offloads"])
 
     def filter(self) -> None:
         """Let the plane receive what is asked for."""
@@ -116,12 +137,20 @@ class Control:
         (count,) = _unpack("<H", data)
         if not 1 <= count <= self.net.pairs:
             raise Refused
+        self._use_queue_pairs(count)
+
+    def _use_queue_pairs(self, count: int) -> None:
+        self.queue_pairs = count
         self.net.set_queue_pairs(count)
 
     def set_offloads(self, data: bytes) -> None:
         (offloads,) = _unpack("<Q", data)
         if offloads & ~int(self.net.agreed & TO_DRIVER):  # an IntFlag's complement has only the bits that it names
             raise Refused
+        self._take_offloads(offloads)
+
+    def _take_offloads(self, offloads: int) -> None:
+        self.offloads = offloads
         self.net.set_offloads(NetFeature(offloads))
 
 
