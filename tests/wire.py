@@ -15,11 +15,20 @@ class Wire(NetBackend):
     uso = True
 
     def __init__(
-        self, pairs: int = 1, *, framing: Literal["datagram", "stream"] = "datagram", header: bool = True
+        self,
+        pairs: int = 1,
+        *,
+        framing: Literal["datagram", "stream"] = "datagram",
+        header: bool = True,
+        room: int = 0,
     ) -> None:
+        """`room` is about how many bytes the device can send before the test takes some."""
         kind = socket.SOCK_STREAM if framing == "stream" else socket.SOCK_SEQPACKET
         self.framing, self.vnet_header = framing, header
         ends = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(pairs)]
+        for end, _ in ends:
+            if room:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         self.fds = [end.detach() for end, _ in ends]
         self.peers = [peer for _, peer in ends]
         for peer in self.peers:
