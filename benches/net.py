@@ -1,0 +1,228 @@
+"""Frames per second and CPU time per frame of the network plane, in process and over a tap interface.
+
+The driver's rings are filled before each round, and only the service of the queues is timed, on the thread that calls
+it: with two queue pairs on two threads at once. sink: the driver sends, nobody is there. source: frames of this
+process come in. echo: frames go out through a datagram socket that is connected to itself, and come in again. tap: the
+driver sends to an interface of the host (where making one is permitted). python: the driver sends to a `NetBackend`
+in Python.
+"""
+
+import fcntl
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from measure import Report, Samples, arguments
+
+from pyvirtio._core import VirtQueue
+from pyvirtio.backends.net import NetBackend
+from pyvirtio.backends.tap import Tap
+from pyvirtio.devices.net import Net
+from pyvirtio.errors import ConfigError
+from pyvirtio.spec import Feature
+from pyvirtio.testing import Guest, VirtioDriver
+from pyvirtio.testing.net import Header, Nic
+from pyvirtio.testing.queue import Queue
+from pyvirtio.testing.ring import WRITE, Desc
+
+MIB = 1 << 20
+RING = 1024
+LENGTHS = (64, 1500)
+ROUNDS = 100
+BURST = 64
+"""Frames that the socket of an echo holds."""
+IFF_UP, SIOCSIFFLAGS = 1, 0x8914
+
+Cost = tuple[int, float, float]
+"""Frames, seconds, seconds of CPU time."""
+
+
+class Sink(NetBackend):
+    """Nobody is there, on any number of queue pairs."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+
+    @property
+    def queue_pairs(self) -> int:
+        return self.pairs
+
+
+class Counting(Sink):
+    """A network in Python that counts."""
+
+    count = 0
+
+    def send(self, frame: bytes) -> None:
+        self.count += 1
+
+
+class Loop(NetBackend):
+    """What is sent comes back, through the kernel."""
+
+    framing = "datagram"
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("")  # an abstract name
+        self.socket.connect(self.socket.getsockname())
+        self.fds = [self.socket.fileno()]
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Lane:
+    """One queue whose descriptors stand still: a buffer each, which hold header and frame."""
+
+    def __init__(self, queue: Queue, vq: VirtQueue, length: int, *, writable: bool) -> None:
+        self.ring, self.vq = queue.ring, vq
+        data = Header().pack() + bytes(range(14)).ljust(length, b"x")
+        for slot in range(self.ring.size):
+            address = queue.heap.allocate(len(data))
+            queue.memory.write(address, data)
+            self.ring.write_desc(slot, Desc(address, len(data), WRITE if writable else 0))
+            self.ring.write_avail(slot, slot)
+
+    def offer(self, count: int = RING) -> None:
+        self.ring.avail_idx = self.ring.avail_idx + count
+
+    def serve(self) -> Cost:
+        """Serve what was offered; there may be less to receive."""
+        before = self.ring.used_idx
+        start, cpu = time.perf_counter(), time.thread_time()
+        self.vq.service()
+        spent = time.perf_counter() - start, time.thread_time() - cpu
+        return (self.ring.used_idx - before) & 0xFFFF, *spent
+
+
+class Station:
+    """A card with a driver that only fills rings."""
+
+    def __init__(self, guest: Guest, netdev: NetBackend, length: int) -> None:
+        self.netdev = netdev
+        net = Net(netdev, rx_queue_size=RING, tx_queue_size=RING)
+        self.driver: VirtioDriver = guest.plug(net, features=~Feature.EVENT_IDX)
+        nic = Nic(self.driver, self.driver.features)
+        vqs = self.driver.function.dataplane.queues
+        self.rx = [Lane(queue, vqs[queue.index], length, writable=True) for queue in nic.rx]
+        self.tx = [Lane(queue, vqs[queue.index], length, writable=False) for queue in nic.tx]
+        for lane in (*self.rx, *self.tx):
+            assert not lane.vq.attached
+
+
+def sending(station: Station) -> Cost:
+    return together([partial(repeat, lane) for lane in station.tx])
+
+
+def repeat(lane: Lane) -> Cost:
+    costs = []
+    for _ in range(ROUNDS):
+        lane.offer()
+        costs.append(lane.serve())
+    return total(costs)
+
+
+def together(jobs: list[Callable[[], Cost]]) -> Cost:
+    """All frames, in the time that passed, at the CPU time of all threads."""
+    costs: list[Cost] = []
+
+    def run(job: Callable[[], Cost]) -> None:
+        costs.append(job())
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - start if len(jobs) > 1 else costs[0][1]
+    frames, _, cpu = total(costs)
+    return frames, wall, cpu
+
+
+def total(costs: list[Cost]) -> Cost:
+    frames, seconds, cpu = zip(*costs, strict=True)
+    return sum(frames), sum(seconds), sum(cpu)
+
+
+def receiving(station: Station, length: int) -> Cost:
+    (lane,), costs = station.rx, []
+    frame = bytes(range(14)).ljust(length, b"x")
+    for _ in range(ROUNDS):
+        station.netdev.inject([frame] * RING)
+        lane.offer()
+        costs.append(lane.serve())
+    return total(costs)
+
+
+def echoing(station: Station) -> Cost:
+    (rx,), (tx,), costs = station.rx, station.tx, []
+    for _ in range(10 * ROUNDS):
+        tx.offer(BURST)
+        sent = tx.serve()
+        rx.offer(sent[0])
+        received = rx.serve()
+        costs.append((received[0], sent[1] + received[1], sent[2] + received[2]))
+    return total(costs)
+
+
+@contextmanager
+def stations(length: int) -> Iterator[dict[str, Callable[[], Cost]]]:
+    """What is measured, by name."""
+    with Guest(ioeventfd=False, memory=256 * MIB) as guest:
+        source, echo = Station(guest, Sink(1), length), Station(guest, Loop(), length)
+        modes: dict[str, Callable[[], Cost]] = {}
+        for pairs in (1, 2):
+            for name, kind in (("sink", Sink), ("python", Counting)):
+                station = Station(guest, kind(pairs), length)
+                modes[f"{name}, {pairs} queue{'s' * (pairs > 1)}"] = partial(sending, station)
+        modes["source, 1 queue"] = partial(receiving, source, length)
+        modes["echo, 1 queue"] = partial(echoing, echo)
+        if tap := open_tap():
+            station = Station(guest, tap, length)
+            modes["tap, 1 queue"] = partial(sending, station)
+        yield modes
+
+
+def open_tap() -> Tap | None:
+    """An interface that is up, if that is permitted."""
+    try:
+        tap = Tap()
+    except ConfigError:
+        return None
+    with socket.socket() as control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", tap.ifname.encode(), IFF_UP))
+    return tap
+
+
+def measured(repetitions: int, length: int) -> tuple[Samples, Samples]:
+    """Millions of frames per second, and nanoseconds of CPU time per frame; the modes take turns."""
+    rates: Samples = {}
+    costs: Samples = {}
+    with stations(length) as modes:
+        for round_ in range(repetitions + 1):
+            for name, run in modes.items():
+                frames, seconds, cpu = run()
+                if round_:
+                    rates.setdefault(name, []).append(frames / seconds / 1e6)
+                    costs.setdefault(name, []).append(cpu / frames * 1e9)
+    return rates, costs
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    report = Report(args.json)
+    for length in LENGTHS:
+        rates, costs = measured(args.repetitions, length)
+        report.add(f"{length}-byte frames", "million/s", rates)
+        report.add(f"{length}-byte frames, CPU time of each", "ns", costs)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
