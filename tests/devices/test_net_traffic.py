@@ -342,3 +342,21 @@ def test_pause_and_resume_lose_no_buffer_and_no_frame(guest: Guest) -> None:
                 nic.driver.pci.command |= 4
         deadline.progress() if len(receiver.received) > before else deadline.wait()
     assert receiver.received == list(range(5000))
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in order"])
+def test_frames_through_packed_rings(guest: Guest, in_order: bool) -> None:
+    """Large frames take several buffers, and wait while there are too few."""
+    drivers = [guest.plug(Net(end), packed=True, in_order=in_order, queue_size=32) for end in Pair.ends()]
+    one, other = (Nic(driver, driver.features) for driver in drivers)
+    number = 0
+    for _ in range(300):
+        sent = [numbered(number + n, length) for n, length in enumerate(LENGTHS)]
+        number += len(sent)
+        buffers = [one.send(frame, kick=frame is sent[-1]) for frame in sent]
+        for count in (5, 1, 1):  # all together they need seven, of which the last frame takes three
+            other.post(600, count)
+        assert [other.receive().frame for _ in sent] == sent
+        for buffer in buffers:
+            buffer.wait()
+    assert (dropped(one, "tx"), dropped(other, "rx")) == (0, 0)
