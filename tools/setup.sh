@@ -59,6 +59,8 @@ missing_packages() {
     has_static_busybox || echo busybox-static
     command -v nbdkit >/dev/null || echo nbdkit nbdkit-plugin-python
     command -v qemu-nbd >/dev/null || echo qemu-utils
+    command -v nbdkit >/dev/null || echo nbdkit
+    [ -n "$(find /usr/lib -name nbdkit-python-plugin.so -print -quit 2>/dev/null)" ] || echo nbdkit-plugin-python
     command -v zstd >/dev/null || echo zstd
     command -v lz4 >/dev/null || echo lz4
     command -v xz >/dev/null || echo xz-utils

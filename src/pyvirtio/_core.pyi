@@ -23,6 +23,7 @@ __all__ = [
     "Isr",
     "Kick",
     "MsixVector",
+    "NbdLoad",
     "NetPlane",
     "NullIo",
     "Serial",
@@ -524,6 +525,23 @@ class NetPlane:
     @property
     def counters(self) -> dict[str, int]:
         """tx_frames, tx_bytes, rx_frames, rx_bytes; tx_dropped_ and rx_dropped_ with each reason; pcap_missed."""
+
+@final
+class NbdLoad:
+    """The client of an NBD server under load, for measuring: a socket (duplicated) on which requests may follow."""
+
+    def __new__(cls, fd: int, *, block_size: int, blocks: int) -> Self: ...
+    def run(
+        self,
+        *,
+        write_percent: int = 0,
+        random: bool = True,
+        iodepth: int = 1,
+        seconds: float = 3600.0,
+        requests: int = ...,
+        seed: int = 1,
+    ) -> dict[str, Any]:
+        """As `BlkLoad.run`."""
 
 @type_check_only
 class Bus(Protocol):

@@ -1,7 +1,11 @@
 """Ours and another back-end in turn: what is started, and how ratios come from rounds."""
 
 import os
+import socket
+import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,8 @@ import pytest
 from pyvirtio.bench import compare
 from pyvirtio.bench.compare import Contest, Result, rows
 from pyvirtio.bench.load import Load, Sample, Spread
-from pyvirtio.bench.servers import NATIVE, PYTHON, QSD, Storage
+from pyvirtio.bench.nbd import NbdTarget
+from pyvirtio.bench.servers import MEMORY, NATIVE, NBDKIT, PYTHON, QSD, Storage
 from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.testing.vhost_user import MIB
 
@@ -69,6 +74,68 @@ def test_every_server_does_every_load(storage: Storage, tmp_path: Path) -> None:
     for result in results:
         assert result.sample.errors == 0
         assert result.sample.cpu is not None
+
+
+@pytest.mark.parametrize("rw", ["randread", "write", "mixed"])
+def test_a_ram_disk_in_python_is_compared_with_that_of_nbdkit(tmp_path: Path, rw: str) -> None:
+    contest = Contest(Storage(MEMORY), Load(rw=rw, size=4 * MIB), (1, 8))
+    results = list(compare.run([contest], NBDKIT, rounds=1, seconds=0.01, directory=tmp_path))
+    assert [(r.sample.iodepth, r.server) for r in results] == [
+        (1, NBDKIT), (1, PYTHON), (8, NBDKIT), (8, PYTHON)
+    ]  # fmt: skip
+    for result in results:
+        assert result.sample.errors == 0
+        assert result.sample.requests > 0
+        assert result.sample.cpu is not None
+
+
+class Answers:
+    """An NBD server that says what it is told to, once."""
+
+    def __init__(self, path: Path, said: bytes) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.said = said
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        with self.listener, self.listener.accept()[0] as connection:
+            connection.sendall(self.said)
+            connection.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
+
+
+GREETING = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
+EXPORT = struct.pack(">QIIIHQH", 0x3E889045565A9, 7, 3, 12, 0, MIB, 0)
+AGREED = GREETING + EXPORT + struct.pack(">QIII", 0x3E889045565A9, 7, 1, 0)
+NBD = {
+    "nothing": (b"", "the NBD server hung up"),
+    "http": (b"HTTP/1.1 400 Bad Request", "no NBD server of today"),
+    "a refusal": (GREETING + struct.pack(">QIII", 0x3E889045565A9, 7, 0x80000006, 0), "refuses its default export"),
+    "an end": (AGREED, "the connection broke"),
+    "a stray reply": (AGREED + struct.pack(">IIQ", 0x67446698, 0, 77), "request 77, which was not in flight"),
+    "no reply": (AGREED + bytes(16), "reply 0x0 to request 0"),
+}
+
+
+@pytest.mark.parametrize("case", NBD)
+def test_an_nbd_server_that_breaks_the_protocol_is_said(tmp_path: Path, case: str) -> None:
+    said, message = NBD[case]
+    with (
+        Answers(tmp_path / "s", said),
+        pytest.raises(ProtocolError, match=message),
+        NbdTarget(tmp_path / "s", Load(size=MIB), os.getpid()) as target,
+    ):
+        target.measure(1, 0.01)
 
 
 @pytest.mark.parametrize("storage", ["file"], indirect=True)

@@ -16,7 +16,8 @@ QUICK = ["--seconds", "0.01", "--rounds", "2", "--iodepth", "4,1"]
 REFUSED = {
     "": "say what: `bench blk --socket-path PATH` or `bench --against qemu-storage-daemon`",
     "blk": "say what: `bench blk --socket-path PATH`",
-    "--against bochs": "--against bochs is not known: qemu-storage-daemon",
+    "--against bochs": "--against bochs is not known: qemu-storage-daemon, nbdkit",
+    "--against nbdkit --verify": "--against nbdkit has one queue, and no --verify",
     "--against qemu-storage-daemon --storage tape": "--storage tape is not known: null, tmpfs, disk",
     "--against qemu-storage-daemon --socket-path s": "leave --socket-path out",
     "--against qemu-storage-daemon --dir nowhere --storage disk": "nowhere",

@@ -1,4 +1,4 @@
-//! `BlkLoad`.
+//! `BlkLoad` and `NbdLoad`.
 
 use std::os::fd::RawFd;
 use std::sync::{Mutex, PoisonError};
@@ -7,10 +7,11 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use pyvirtio_core::bench::{Alarms, Driver, Fault, Geometry, Load, Outcome, QueueSetup, CONTROL_BYTES};
+use pyvirtio_core::bench::{Alarms, Driver, Fault, Geometry, Load, NbdClient, Outcome, QueueSetup, CONTROL_BYTES};
 use pyvirtio_core::RingConfig;
 
-use crate::errors::ProtocolError;
+use crate::blk::duplicate;
+use crate::errors::{os_error, ProtocolError};
 use crate::memory::GuestMemory;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
@@ -69,11 +70,51 @@ impl BlkLoad {
         verify: bool,
         seed: u64,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let time = Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let time = duration(seconds)?;
         let load = Load { write_percent, random, iodepth, time, requests, poll, verify, seed };
         let outcome = py.detach(|| self.0.lock().unwrap_or_else(PoisonError::into_inner).run(&load));
         figures(py, &outcome.map_err(|Fault(text)| ProtocolError::new_err(text))?)
     }
+}
+
+/// The client of an NBD server under load.
+#[pyclass(frozen, module = "pyvirtio._core")]
+pub struct NbdLoad(Mutex<NbdClient>);
+
+#[pymethods]
+impl NbdLoad {
+    #[new]
+    #[pyo3(signature = (fd, *, block_size, blocks))]
+    fn new(fd: RawFd, block_size: u32, blocks: u64) -> PyResult<Self> {
+        if block_size == 0 || blocks == 0 {
+            return Err(PyValueError::new_err(format!("{blocks} blocks of {block_size} bytes")));
+        }
+        let client = NbdClient::new(duplicate(fd)?, block_size, blocks).map_err(os_error)?;
+        Ok(Self(Mutex::new(client)))
+    }
+
+    #[pyo3(signature = (*, write_percent = 0, random = true, iodepth = 1, seconds = 3600.0, requests = u64::MAX,
+                        seed = 1))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn run<'py>(
+        &self,
+        py: Python<'py>,
+        write_percent: u8,
+        random: bool,
+        iodepth: u16,
+        seconds: f64,
+        requests: u64,
+        seed: u64,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let time = duration(seconds)?;
+        let load = Load { write_percent, random, iodepth, time, requests, poll: false, verify: false, seed };
+        let outcome = py.detach(|| self.0.lock().unwrap_or_else(PoisonError::into_inner).run(&load));
+        figures(py, &outcome.map_err(|Fault(text)| ProtocolError::new_err(text))?)
+    }
+}
+
+fn duration(seconds: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(seconds).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
 fn figures<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyDict>> {

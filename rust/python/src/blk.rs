@@ -178,7 +178,7 @@ fn id(serial: &[u8]) -> PyResult<[u8; ID_BYTES]> {
     Ok(id)
 }
 
-fn duplicate(fd: RawFd) -> PyResult<File> {
+pub fn duplicate(fd: RawFd) -> PyResult<File> {
     if fd < 0 {
         return Err(PyValueError::new_err(format!("no file descriptor: {fd}")));
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.bench.load import Load, Sample, Spread
-from pyvirtio.bench.servers import NATIVE, PYTHON, Storage, command, started
+from pyvirtio.bench.nbd import NbdTarget
+from pyvirtio.bench.servers import MEMORY, NATIVE, NBDKIT, PYTHON, Storage, command, started
 from pyvirtio.bench.target import Target
 
 FIGURES = ("iops", "cpu_per_request", "p50")
@@ -23,7 +24,9 @@ class Contest:
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """What a method in Python gets need not be aligned, as O_DIRECT wants it."""
+        """What a method in Python gets need not be aligned, as O_DIRECT wants it; and a RAM disk is for Python only."""
+        if self.storage.name == MEMORY:
+            return (PYTHON,)
         return (NATIVE,) if self.storage.direct else (NATIVE, PYTHON)
 
     def samples(self, rounds: int) -> int:
@@ -72,12 +75,14 @@ def _run(contest: Contest, other: str, rounds: int, seconds: float, directory: P
             target.check()
 
 
-def _connected(contest: Contest, server: str, directory: Path, stack: ExitStack) -> Target:
+def _connected(contest: Contest, server: str, directory: Path, stack: ExitStack) -> Target | NbdTarget:
     path = directory / f"{contest.storage.name}-{server}.sock"
     storage = contest.storage.of(server)
     stack.enter_context(storage.made(contest.load.size))
     arguments = command(server, storage, contest.load.num_queues, path)
     pid = stack.enter_context(started(arguments, path))
+    if server == NBDKIT:
+        return stack.enter_context(NbdTarget(path, contest.load, pid))
     return stack.enter_context(Target(path, contest.load, max(contest.iodepths), pid))
 
 

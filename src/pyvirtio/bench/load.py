@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 PATTERNS = {
     "read": (0, False),
@@ -16,6 +16,8 @@ PATTERNS = {
 """fio's words: how many of 100 requests write, and whether they go to random places."""
 
 CPUCLOCK_SCHED = 2
+WARM_UP = 0.05
+"""Seconds of load before each measurement: pages are touched, and busy waits are learnt."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,30 @@ class Spread:
         if not known or len(known) < len(found):
             return None
         return cls(statistics.median(known), min(known), max(known))
+
+
+def measured(
+    run: Callable[..., dict[str, Any]],
+    load: Load,
+    iodepth: int,
+    seconds: float,
+    seed: int,
+    cpu: Callable[[], float | None],
+) -> Sample:
+    """Run the load for some seconds, after a moment that does not count; `cpu` is the time of the back-end so far."""
+    how: dict[str, Any] = {"write_percent": load.write_percent, "random": load.random, "iodepth": iodepth}
+    run(**how, seconds=WARM_UP, seed=seed)
+    before = cpu()
+    figures = run(**how, seconds=seconds, seed=seed + 1)
+    after = cpu()
+    requests = figures.pop("reads") + figures.pop("writes")
+    return Sample(
+        iodepth=iodepth,
+        requests=requests,
+        bytes=requests * load.block_size,
+        cpu=None if before is None or after is None else after - before,
+        **figures,
+    )
 
 
 def by_iodepth(samples: Iterable[Sample]) -> dict[int, list[Sample]]:

@@ -14,17 +14,22 @@ from typing import Self
 from pyvirtio.errors import ConfigError, ProtocolError
 
 QSD = "qemu-storage-daemon"
+NBDKIT = "nbdkit"
 NATIVE, PYTHON = "native", "python"
 """Our two: the core does the I/O, or a method in Python for each request."""
+MEMORY = "memory"
+"""The storage that is a RAM disk written in Python."""
 START = 30.0
 """Seconds that a server may take until its socket is there."""
+END = 5.0
+"""Seconds that it may take to end when it is told to."""
 MIB = 1 << 20
 NULL_SIZE = 1 << 30
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What a disk is made of: nothing, or a file; `direct` goes past the page cache."""
+    """What a disk is made of: a file, memory or nothing; `direct` goes past the page cache."""
 
     name: str
     file: Path | None = None
@@ -57,11 +62,15 @@ class Storage:
 def command(server: str, storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
     """What starts a server on a disk of `storage`."""
     if server == QSD:
-        return [_program(QSD), *_qsd(storage, num_queues, socket_path)]
+        return [_program(QSD, "qemu-system-common"), *_qsd(storage, num_queues, socket_path)]
+    if server == NBDKIT:
+        plugin = Path(__file__).with_name("nbdkit_memory.py")
+        program = _program(NBDKIT, "nbdkit, nbdkit-plugin-python")
+        return [program, "--foreground", "--unix", str(socket_path), "python", str(plugin)]
     serve = [sys.executable, "-m", "pyvirtio", "serve", "--socket-path", str(socket_path)]
     queues = f"num-queues={num_queues}"
     if storage.file is None:
-        disk = "PythonNull" if server == PYTHON else "NativeNull"
+        disk = "PythonMemory" if storage.name == MEMORY else "PythonNull" if server == PYTHON else "NativeNull"
         return [*serve, f"pyvirtio.bench.disks:{disk},size={NULL_SIZE},{queues}"]
     path = str(storage.file).replace(",", ",,")
     if server == PYTHON:
@@ -83,10 +92,10 @@ def _qsd(storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _program(name: str) -> str:
+def _program(name: str, packages: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise ConfigError(f"bench: {name} is not installed (Debian: qemu-system-common)")
+        raise ConfigError(f"bench: {name} is not installed (Debian: {packages})")
     return found
 
 
@@ -102,7 +111,15 @@ def started(arguments: list[str], socket_path: Path) -> Iterator[int]:
                 time.sleep(0.01)
             yield process.pid
         finally:
-            process.terminate()
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(END)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _is_listened_at(path: Path) -> bool:

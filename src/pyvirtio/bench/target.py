@@ -4,11 +4,12 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pyvirtio._core import BlkLoad
-from pyvirtio.bench.load import Load, Sample, cpu_time
+from pyvirtio.bench.load import Load, Sample, cpu_time, measured
 from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.serve.wire import ProtocolFeature, Request
 from pyvirtio.spec import SECTOR, BlkFeature, Feature
@@ -16,8 +17,6 @@ from pyvirtio.testing.vhost_user import MIB, FrontEnd, Hangup, Refused
 
 DEVICE_FEATURES = (1 << 24) - 1
 CONFIG = struct.Struct("<Q12xI")  # the parts of virtio_blk_config that matter: capacity and blk_size
-WARM_UP = 0.05
-"""Seconds of load before each measurement: pages are touched, and busy waits are learnt."""
 
 
 class Target:
@@ -45,19 +44,9 @@ class Target:
 
     def measure(self, iodepth: int, seconds: float, seed: int = 1) -> Sample:
         """Load the disk for some seconds, after a moment that does not count."""
+        run = partial(self._driver.run, poll=self.load.poll, verify=self.load.verify)
         with _faults(Path(self._vm.name)):
-            self._run(iodepth, seconds=WARM_UP, seed=seed)
-            before = self._cpu()
-            figures = self._run(iodepth, seconds=seconds, seed=seed + 1)
-            after = self._cpu()
-        requests = figures.pop("reads") + figures.pop("writes")
-        return Sample(
-            iodepth=iodepth,
-            requests=requests,
-            bytes=requests * self.load.block_size,
-            cpu=None if before is None or after is None else after - before,
-            **figures,
-        )
+            return measured(run, self.load, iodepth, seconds, seed, self._cpu)
 
     def check(self) -> None:
         """With `verify`: read all of the disk that is in use, and compare it with what was written."""
@@ -73,13 +62,6 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _run(self, iodepth: int, **limits: Any) -> dict[str, Any]:
-        load = self.load
-        return self._driver.run(
-            write_percent=load.write_percent, random=load.random, iodepth=iodepth, poll=load.poll, verify=load.verify,
-            **limits,
-        )  # fmt: skip
 
     def _sweep(self, write_percent: int) -> None:
         """Go through all blocks once, verified."""

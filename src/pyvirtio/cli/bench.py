@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyvirtio.bench.load import Sample
     from pyvirtio.bench.target import Target
 
-SERVERS = ["qemu-storage-daemon"]
+SERVERS = ["qemu-storage-daemon", "nbdkit"]
 STORAGES = {"null": (32, 128), "tmpfs": (1, 32, 128), "disk": (32,)}
 """What the servers of a comparison can have below them, and the depths at which they are compared on it."""
 MAX_IODEPTH = 128
@@ -114,8 +114,10 @@ def _compare(args: argparse.Namespace, load: Load) -> int:
 
 def _contests(args: argparse.Namespace, load: Load) -> "list[Contest]":
     from pyvirtio.bench.compare import Contest
-    from pyvirtio.bench.servers import Storage
+    from pyvirtio.bench.servers import MEMORY, NBDKIT, Storage
 
+    if args.against == NBDKIT:
+        return [Contest(Storage(MEMORY), load, args.iodepth or (32,))]
     name = f"pyvirtio-bench-{os.getpid()}.img"
     storages = {
         "null": Storage("null"),
@@ -162,6 +164,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"bench: say what: `bench blk --socket-path PATH` or `bench --against {SERVERS[0]}`")
     if args.against is not None and args.against not in SERVERS:
         raise ConfigError(f"bench: --against {args.against} is not known: {', '.join(SERVERS)}")
+    if args.against == "nbdkit" and (args.verify or args.num_queues > 1):
+        raise ConfigError("bench: --against nbdkit has one queue, and no --verify")
     if args.against is not None and args.socket_path:
         raise ConfigError("bench: --against starts all servers itself: leave --socket-path out")
     for name in args.storage.split(","):

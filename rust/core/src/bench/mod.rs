@@ -3,6 +3,7 @@
 //! The back-end is trusted with nothing but not to write outside the buffers: what it returns is checked.
 
 mod latency;
+mod nbd;
 mod packed;
 mod pattern;
 mod queue;
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub use self::latency::Latencies;
+pub use self::nbd::NbdClient;
 use self::queue::Queue;
 use crate::memory::GuestMemory;
 use crate::queue::RingConfig;
