@@ -1,4 +1,4 @@
-"""What a device has to do with the chains in a split ring, walked as the specification says; and a device that answers."""
+"""What a device has to do with the chains of a split ring, by the specification; and a device that answers."""
 
 from collections.abc import Iterator
 from zlib import crc32
@@ -7,6 +7,7 @@ from pyvirtio import Device, VirtQueue, queue
 from pyvirtio.spec import DeviceId
 from pyvirtio.testing import Guest
 from pyvirtio.testing.driver import VirtioDriver
+from pyvirtio.testing.queue import Range
 from pyvirtio.testing.ring import INDIRECT, NEXT, WRITE, Desc, SplitRing
 
 SMALL = 128 << 10
@@ -107,6 +108,15 @@ class Memory:
                 self.write(desc.address, reply[: desc.length])
                 reply = reply[desc.length :]
             yield head, len(said)
+
+
+def compare(guest: Guest, model: Memory, own: Range) -> None:
+    """All of guest memory is what the model says, but for what is the device's `own` and may change at any time."""
+    now = Memory(guest)
+    for memory in (now, model):
+        memory.write(own[0], bytes(own[1]))
+    for start, region in model.regions.items():
+        assert now.regions[start] == region
 
 
 def recovers(driver: VirtioDriver) -> None:

@@ -7,7 +7,7 @@ from itertools import count
 from random import Random
 
 import pytest
-from chain_model import SMALL, U32, Malformed, Memory, Oracle, answer, recovers
+from chain_model import SMALL, U32, Malformed, Memory, Oracle, answer, compare, recovers
 from exploring import FACTOR, SEED, budget, exploring
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,7 +162,7 @@ def check(driver: VirtioDriver, placed: Ring, batch: Batch) -> bool:
     ring.write_flags(start.index, first)
     placed.vq.notify()
     wait(driver, ring, model, broken)
-    compare(driver.guest, model, ring)
+    compare(driver.guest, model, (ring.used, 4))
     return not broken
 
 
@@ -173,13 +173,6 @@ def wait(driver: VirtioDriver, ring: PackedRing, model: PackedMemory, broken: bo
     while driver.memory.read(*at) != expected or bool(driver.why_broken) is not broken:
         assert time.monotonic() < deadline, f"broken: {broken}, and {driver.why_broken}"
         time.sleep(0.0002)
-
-
-def compare(guest: Guest, model: PackedMemory, ring: PackedRing) -> None:
-    """All of guest memory is what the model says, but for when the device wants to be kicked."""
-    model.write(ring.used, guest.memory.read(ring.used, 4))
-    for start, region in model.regions.items():
-        assert guest.memory.read(start, len(region)) == region
 
 
 everywhere = pytest.mark.guest(transport=("modern", "vhost-user"), memory=SMALL)
