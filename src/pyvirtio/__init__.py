@@ -5,6 +5,7 @@ A device is a class and a virtqueue is a method: see `Device` and `queue`.
 
 from pyvirtio._core import Chain, VirtQueue
 from pyvirtio.backends.block import BlockBackend
+from pyvirtio.backends.net import NetBackend
 from pyvirtio.device import Device, every, poll, queue
 from pyvirtio.errors import ConfigError, GuestError, ProtocolError, StaleChain
 from pyvirtio.spec import DeviceId
@@ -16,6 +17,7 @@ __all__ = [
     "Device",
     "DeviceId",
     "GuestError",
+    "NetBackend",
     "ProtocolError",
     "StaleChain",
     "VirtQueue",

@@ -16,7 +16,8 @@ from pyvirtio.faults.times import Delay, seconds
     [
         "late=5ms@1%", "late=1ms-5ms", "late=exp:2ms@50%", "late=normal:5ms:1ms", "lost", "lost-interrupt@0.1%",
         "length=4294967295", "needs-reset=7", "refuse=29", "assign=1:ENOSPC", "error", "error=7", "error=100-200@50%",
-        "read-error=1-2", "torn@5%", "flip@0.5%", "slow-reset=1s", "storm=10ms", "late=5ms@1%,reorder,late=1s@0.1%",
+        "read-error=1-2", "torn@5%", "lost@1%/requestq",
+        "late=5ms/receiveq1,reorder", "flip@0.5%", "slow-reset=1s", "storm=10ms", "late=5ms@1%,reorder,late=1s@0.1%",
     ],
 )  # fmt: skip
 def test_a_fault_reads_as_it_is_written(text: str) -> None:
@@ -47,6 +48,7 @@ def test_a_seed_and_chances_may_be_written_in_several_ways() -> None:
         ("needs-reset=0", "needs-reset=0: request 0 is not from 1"),
         ("refuse=HOPE", "refuse=HOPE: 'HOPE' is no feature (the number of a bit, or NOTIFY_ON_EMPTY"),
         ("assign=1:EHELLO", "assign=1:EHELLO: 'EHELLO' is no error such as ENOSPC"),
+        ("flip/requestq", "flip/requestq: flip is no fault of a queue"),
         ("seed=x", "'x' is no seed"),
         ("", "fault: unknown fault ''"),
     ],

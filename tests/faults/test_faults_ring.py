@@ -222,3 +222,53 @@ def test_a_seed_is_drawn_and_logged(rig: Rig, caplog: pytest.LogCaptureFixture) 
 def test_a_chance_is_from_0_to_1() -> None:
     with pytest.raises(ConfigError, match=r"^Lost: chance=5 is not from 0 to 1"):
         Lost(chance=5)
+
+
+class Two(Device, id=63):
+    """Two queues that echo."""
+
+    @queue(size=64, count=2)
+    def echoq(self, vq: VirtQueue) -> None:
+        for chain in vq:
+            chain.write(chain.read())
+            chain.complete()
+
+
+@pytest.mark.parametrize(("name", "lengths"), [("echoq1", [5, 1]), ("echoq", [1, 1]), (None, [1, 1])])
+def test_a_fault_may_be_for_some_queues_only(guest: Guest, name: str | None, lengths: list[int]) -> None:
+    device, fault = Two(), Length(1)
+    fault.queue = name
+    device.faults.add(fault)
+    driver = guest.plug(device)
+    buffers = [vq.add(b"hello", 8) for vq in driver.echoq]
+    for vq in driver.echoq:
+        vq.kick()
+    assert [len(buffer.wait()) for buffer in buffers] == lengths
+
+
+def test_a_queue_that_is_not_there(guest: Guest) -> None:
+    device, fault = Two(), Lost()
+    guest.plug(device)
+    fault.queue = "ecoq"
+    with pytest.raises(ConfigError, match=r"^two0: unknown queue 'ecoq', did you mean echoq"):
+        device.faults.add(fault)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("kind", [Duplicate, Lost, Reorder, Short, Late, LostInterrupt, Spurious])
+def test_a_packed_ring_survives_its_faults(guest: Guest, kind: type[RingFault], in_order: bool) -> None:
+    device = Echo()
+    driver = guest.plug(device, packed=True, in_order=in_order)
+    fault = kind(chance=1 if kind in (LostInterrupt, Spurious) else 0.5)  # these draw once for a batch
+    device.faults.add(fault, seed=1)
+    for _ in range(3):
+        for _ in range(8):
+            driver.echoq.add(b"hello", 8)
+        driver.echoq.kick()
+    until(fault, 1)
+    device.faults.clear()
+    driver.may_break = True
+    driver.start()
+    buffer = driver.echoq.add(b"after", 8)
+    driver.echoq.kick()
+    assert buffer.wait() == b"after"

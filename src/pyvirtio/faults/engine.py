@@ -57,6 +57,7 @@ class Fault:
         return None
 
     def __str__(self) -> str:
+        """As `--fault` has it."""
         value = "" if self.value is None else f"={self.value}"
         return f"{self.kind}{value}" + ("" if self.chance == 1 else f"@{self.chance * 100:g}%")
 

@@ -1,4 +1,4 @@
-"""Faults as text: `late=5ms@1%,lost@0.1%,seed=7`, for `--fault` and the monitor."""
+"""Faults as text: `late=5ms@1%,lost@0.1%/receiveq,seed=7`, for `--fault` and the monitor."""
 
 import re
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from pyvirtio.faults.ring import (
     LostInterrupt,
     NeedsReset,
     Reorder,
+    RingFault,
     Short,
     Spurious,
     number,
@@ -45,17 +46,23 @@ def parse(text: str) -> tuple[list[Fault], int | None]:
 
 
 def _fault(item: str) -> Fault:
+    item, slash, queue = item.partition("/")
     what, at, chance = item.partition("@")
     kind, equals, value = what.partition("=")
     if kind not in KINDS:
         raise ConfigError(unknown("fault", "fault", kind, list(KINDS)))
     try:
         chosen = {"chance": _chance(chance)} if at else {}
-        return KINDS[kind](*([value] if equals else []), **chosen)
+        fault = KINDS[kind](*([value] if equals else []), **chosen)
     except TypeError:
         raise ConfigError(f"{item}: {kind} takes no value") from None
     except ConfigError as error:
         raise ConfigError(f"{item}: {error}") from None
+    if slash:
+        if not isinstance(fault, RingFault):
+            raise ConfigError(f"{item}/{queue}: {kind} is no fault of a queue")
+        fault.queue = queue
+    return fault
 
 
 def _chance(text: str) -> float:

@@ -11,6 +11,7 @@ from pyvirtio.errors import ConfigError
 from pyvirtio.faults.engine import Fault, Faults, Part, Running, Undo
 from pyvirtio.faults.later import Later
 from pyvirtio.faults.times import Delay
+from pyvirtio.properties import unknown
 
 HOLD = 0.01
 """Seconds that a request waits to be overtaken."""
@@ -53,12 +54,16 @@ class Line:
 
 def tap(running: Running, faults: Faults) -> Undo:
     """Put a line between each queue and its driver."""
-    later = Later(running.loop)
     ring_faults = [fault for fault in faults if isinstance(fault, RingFault)]
-    for vq in running.queues:
-        sequences = [(fault, faults.chances(fault, vq.name)) for fault in ring_faults]
-        vq.set_tap(Line(vq, running.state, sequences, later).completed)
+    names = [vq.name for vq in running.queues]
+    for fault in ring_faults:
+        if not any(map(fault.concerns, names)):
+            raise ConfigError(unknown(running.device.name, "queue", fault.queue or "", names))
+    later = Later(running.loop)
     queues = list(running.queues)
+    for vq in queues:
+        sequences = [(fault, faults.chances(fault, vq.name)) for fault in ring_faults if fault.concerns(vq.name)]
+        vq.set_tap(Line(vq, running.state, sequences, later).completed)
 
     def undo() -> None:
         for vq in queues:
@@ -70,6 +75,15 @@ def tap(running: Running, faults: Faults) -> Undo:
 
 class RingFault(Fault):
     """A fault of used entries or interrupts: `deliver` changes a batch, for which chance decides chain by chain."""
+
+    queue: str | None = None
+    """The queue it is for, with or without its number; None for all."""
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"/{self.queue}" if self.queue else "")
+
+    def concerns(self, queue: str) -> bool:
+        return self.queue in (None, queue, queue.rstrip("0123456789"))
 
     def part(self) -> Part:
         return tap
