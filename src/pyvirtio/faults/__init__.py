@@ -6,7 +6,7 @@ See docs/faults.md for each, and for what Linux's drivers do with it.
 """
 
 from pyvirtio.faults.device import Assign, Refuse, SlowReset, Storm
-from pyvirtio.faults.disk import Error, Flip, ReadError, Torn, WriteError
+from pyvirtio.faults.disk import DiskFault, Error, Flip, ReadError, Torn, WriteError
 from pyvirtio.faults.engine import Fault, Faults
 from pyvirtio.faults.options import KINDS, parse
 from pyvirtio.faults.ring import (
@@ -25,6 +25,7 @@ from pyvirtio.faults.ring import (
 __all__ = [
     "KINDS",
     "Assign",
+    "DiskFault",
     "Duplicate",
     "Error",
     "Fault",

@@ -27,8 +27,7 @@ class SlowReset(Fault):
         return self.value_text
 
     def reset_time(self) -> float:
-        self.hits += 1
-        return self.seconds
+        return self.seconds if self.hit(self.chances) else 0.0
 
 
 class Refuse(Fault):
@@ -49,8 +48,7 @@ class Refuse(Fault):
 
     def refused(self, features: int) -> int:
         refused = features & 1 << self.bit
-        self.hits += refused > 0
-        return refused
+        return refused if refused and self.hit(self.chances) else 0
 
 
 class Assign(Fault):
@@ -71,8 +69,7 @@ class Assign(Fault):
         return f"{self.queue}:{errno.errorcode[self.errno]}"
 
     def assigning(self, vq: VirtQueue) -> None:
-        if vq.index == self.queue:
-            self.hits += 1
+        if vq.index == self.queue and self.hit(self.chances):
             raise OSError(self.errno, os.strerror(self.errno))
 
 
@@ -119,8 +116,7 @@ class _Blowing:
     def _blow(self) -> None:
         if self._ended:
             return
-        if self.running.state.driver_ok:
-            self.fault.hits += 1
+        if self.running.state.driver_ok and self.fault.hit(self.fault.chances):
             self._change()
         self._again()
 

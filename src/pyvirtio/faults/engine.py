@@ -50,6 +50,8 @@ class Fault:
             raise ConfigError(f"{type(self).__name__}: chance={chance:g} is not from 0 to 1")
         self.chance = chance
         self.hits = 0
+        self.chances = Random()
+        """What a fault of the device as a whole draws from; seeded when it is switched on."""
 
     @property
     def value(self) -> object:
@@ -114,6 +116,8 @@ class Faults:
             before = self._faults
             self._faults = [*before, *faults]
             try:
+                for fault in faults:
+                    fault.chances = self.chances(fault, "device")
                 self._settle()
             except ConfigError:
                 self._faults = before

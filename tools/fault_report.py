@@ -1,0 +1,210 @@
+"""What Linux's block driver does with each fault: one guest, a disk for each; writes the table of docs/faults.md.
+
+    pyvirtio lab --keep docs -- .venv/bin/python tools/fault_report.py
+
+Needs a KVM that runs Linux, which the lab has. Without `--write` it prints the table only.
+"""
+
+import argparse
+import hashlib
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyvirtio.backends.block import Memory
+from pyvirtio.devices.blk import Blk
+from pyvirtio.faults import parse
+from pyvirtio.testing.linux import LinuxGuest
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
+BEGIN, END = "<!-- written by tools/fault_report.py -->", "<!-- end -->"
+SIZE = 4 << 20
+SEED = 1
+
+AT_BOOT = ["slow-reset=300ms", "refuse=EVENT_IDX", "assign=0:ENOSPC"]
+RUNNING = [
+    "late=20ms@20%", "reorder@30%", "duplicate@10%", "lost@10%", "short", "length=4294967295", "lost-interrupt@20%",
+    "spurious", "needs-reset=20", "storm=200ms", "error=64-127", "read-error@10%", "write-error@10%", "torn@50%",
+    "flip@20%",
+]  # fmt: skip
+
+FUNCTIONS = r"""
+# try NODE: 4 readers at once, then a writer; each says how it ended.
+try() {
+    (
+        for q in 0 1 2 3; do
+            ( dd if=/dev/$1 of=/tmp/$1.$q bs=4k skip=$((q * 16)) count=16 iflag=direct; echo read $? ) &
+        done
+        wait
+        echo sum $(cat /tmp/$1.0 /tmp/$1.1 /tmp/$1.2 /tmp/$1.3 | sha256sum)
+        dd if=/etc/data of=/dev/$1 bs=4k seek=512 count=32 oflag=direct
+        echo write $?
+    ) >/tmp/$1.out 2>/dev/null &
+}
+again() {
+    ( dd if=/dev/$1 of=/dev/null bs=4k skip=256 count=4 iflag=direct; echo again $? ) >/tmp/$1.again 2>/dev/null &
+}
+# said: what the kernel said, each kind of line once.
+said() {
+    dmesg | sed 's/^\[[^]]*\] //' | awk '{
+        kind = $0; gsub(/(sector|logical block|id|flags|phys_seg) [0-9a-fx]+/, "", kind)
+        if (!(kind in seen)) { seen[kind] = 1; print }
+    }'
+}
+nodes() { for d in /sys/block/vd*; do echo ${d##*/} $(cat $d/serial) $(basename $(readlink $d/device)); done; }
+"""
+
+
+@dataclass
+class Trial:
+    """One fault on one disk, and what became of it."""
+
+    fault: str
+    blk: Blk = field(init=False)
+    data: bytes = field(init=False)
+    node: str = ""
+    virtio: str = ""
+    log: str = ""
+    out: list[str] = field(default_factory=list)
+    again: str = ""
+
+    def __post_init__(self) -> None:
+        memory = Memory(SIZE)
+        memory.data[:] = random.Random(self.fault).randbytes(SIZE)
+        self.data = bytes(memory.data)
+        self.memory = memory
+        self.blk = Blk(memory, serial=self.fault.partition("@")[0][:20])
+
+    def switch_on(self) -> None:
+        faults, _ = parse(self.fault)
+        self.blk.faults.add(*faults, seed=SEED)
+
+    def row(self) -> str:
+        return f"| `{self.fault}` | {self.reads()} | {self.writes()} | {self.afterwards()} | {self.messages()} |"
+
+    def reads(self) -> str:
+        ended = [line.split()[1] for line in self.out if line.startswith("read")]
+        if not self.node:
+            return "no disk"
+        if len(ended) < 4:
+            return f"{4 - len(ended)} of 4 readers hang"
+        if any(status != "0" for status in ended):
+            return f"{sum(status != '0' for status in ended)} of 4 readers get an error"
+        right = hashlib.sha256(self.data[: 64 * 4096]).hexdigest()
+        return "right" if any(line.split()[1:2] == [right] for line in self.out) else "**wrong data, no error**"
+
+    def writes(self) -> str:
+        ended = [line.split()[1] for line in self.out if line.startswith("write")]
+        if not ended:
+            return "-" if not self.node or "hang" in self.reads() else "hangs"
+        if ended != ["0"]:
+            return "an error"
+        stored = self.memory.data[512 * 4096 : 544 * 4096]
+        return "right" if stored == DATA else "**lost, no error**"
+
+    def afterwards(self) -> str:
+        """Whether the disk works once the fault is off."""
+        if not self.node:
+            return "-"
+        return {"again 0": "works", "": "hangs"}.get(self.again, "errors")
+
+    def messages(self) -> str:
+        """What the kernel said about it: each kind of line once."""
+        found: dict[str, str] = {}
+        for line in self.log.splitlines():
+            text = line.strip()
+            if self.virtio and re.search(rf"\b({self.node}|{self.virtio})\b", text) and not re.search(BOOT, text):
+                text = text.replace(self.node, "vdX").replace(self.virtio, "virtioN")
+                found.setdefault(re.sub(r"\d+", "N", text), text)
+        return "<br>".join(f"`{text}`" for text in list(found.values())[:2]) or "nothing"
+
+
+BOOT = "logical blocks|default/read/poll queues"
+"""What the driver says of every disk when it finds it."""
+DATA = bytes(32 * 4096)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/faults.md")
+    parser.add_argument("--seconds", type=float, default=20, help="how long I/O may take before it counts as hung")
+    args = parser.parse_args()
+    trials = [Trial(fault) for fault in [*AT_BOOT, *RUNNING]]
+    kernel = run(trials, args.seconds)
+    text = table(trials, kernel)
+    print(text)
+    if args.write:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    return 0
+
+
+def run(trials: list[Trial], seconds: float) -> str:
+    """Let all of it happen in one guest; return the kernel's version."""
+    for trial in trials[: len(AT_BOOT)]:
+        trial.switch_on()
+    with LinuxGuest(functions=FUNCTIONS, append="loglevel=1") as guest:
+        for number, trial in enumerate(trials):
+            guest.plug(trial.blk, f"disk{number}")
+        say("booting")
+        guest.boot()
+        find_nodes(guest, trials)
+        guest.run("mkdir -p /tmp; dd if=/dev/zero of=/etc/data bs=4k count=32 2>/dev/null")
+        for trial in trials[len(AT_BOOT) :]:
+            trial.switch_on()
+        for trial in trials:
+            if trial.node:
+                guest.run(f"try {trial.node}")
+        say("reading and writing")
+        settle(guest, trials, "out", "write", seconds)
+        say("switching the faults off")
+        for trial in trials:
+            trial.out = guest.run(f"cat /tmp/{trial.node}.out").splitlines() if trial.node else []
+            trial.blk.faults.clear()
+        for trial in trials:
+            if trial.node:
+                guest.run(f"again {trial.node}")
+        settle(guest, trials, "again", "again", seconds / 2)
+        log = guest.run("said")
+        for trial in trials:
+            trial.again = guest.run(f"cat /tmp/{trial.node}.again").strip() if trial.node else ""
+            trial.log = log
+        return guest.run("uname -r")
+
+
+def say(what: str) -> None:
+    print(f"fault report: {what}", file=sys.stderr, flush=True)
+
+
+def find_nodes(guest: LinuxGuest, trials: list[Trial]) -> None:
+    """Which disk is which: they are told apart by their serial numbers."""
+    found = {serial: (node, virtio) for node, serial, virtio in map(str.split, guest.run("nodes").splitlines())}
+    for trial in trials:
+        trial.node, trial.virtio = found.get(trial.fault.partition("@")[0][:20], ("", ""))
+
+
+def settle(guest: LinuxGuest, trials: list[Trial], suffix: str, last: str, seconds: float) -> None:
+    """Until each has come to its end, or has had its time."""
+    waiting = [trial.node for trial in trials if trial.node]
+    deadline = time.monotonic() + seconds
+    while waiting and time.monotonic() < deadline:
+        time.sleep(1)
+        ended = guest.run(f"grep -l ^{last} /tmp/*.{suffix} || true")
+        waiting = [node for node in waiting if f"/tmp/{node}.{suffix}" not in ended]
+
+
+def table(trials: list[Trial], kernel: str) -> str:
+    head = [
+        f"Linux {kernel}, `virtio_blk`; seed {SEED}:",
+        "",
+        "| fault | reads | writes | once it is off | the kernel says |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(trial.row() for trial in trials)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
