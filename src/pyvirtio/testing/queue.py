@@ -18,6 +18,9 @@ from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing
 HANG = 10.0
 """Seconds after which a wait counts as a hang; nothing that works takes a hundredth of it."""
 
+LOOK = 0.02
+"""Seconds between two looks at something that comes without an interrupt."""
+
 Range = tuple[int, int]  # guest address, bytes
 Ring = SplitRing | PackedRing
 
@@ -255,7 +258,8 @@ class Queue:
                 time.sleep(0.0002)
             elif not self.driver.take_interrupts(self.source) and not self.driver.take_interrupts():
                 self.driver.check()
-                sleep_on(self.source.fds() + self.driver.config_source.fds(), deadline - time.monotonic())
+                fds = self.source.fds() + self.driver.config_source.fds()
+                sleep_on(fds, min(LOOK, deadline - time.monotonic()))  # what is waited for need not interrupt
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}{self._held()}")
 
