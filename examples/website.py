@@ -1,6 +1,6 @@
 """A network that is one program: it gives the guest an address and answers with a web page. No tap, no root.
 
-    pyvirtio run ... --netdev driver=examples/website.py:Website,id=n0 --device virtio-net-pci,netdev=n0
+    pyvirtio run ... --netdev examples/website.py:Website,id=n0 --device virtio-net-pci,netdev=n0
 
 It answers ARP, DHCP (RFC 2131) and HTTP on 10.0.0.1. There is no state: what is said to a TCP segment follows from that
 segment alone, which is enough for one request and one page that fits into one frame.

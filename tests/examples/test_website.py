@@ -6,6 +6,10 @@ from collections.abc import Iterable
 import pytest
 from website import OUR_MAC, Website
 
+from pyvirtio.devices.net import Net
+from pyvirtio.testing import Guest
+from pyvirtio.testing.net import Nic
+
 MAC = b"\x52\x54\x00\x12\x34\x56"
 OUR_IP, GUEST_IP = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
 BROADCAST = b"\xff" * 6
@@ -92,3 +96,14 @@ def test_frames_that_are_cut_short_are_ignored() -> None:
     assert cable.say(whole) is not None
     for length in range(len(whole)):
         assert cable.say(whole[:length]) is None
+
+
+@pytest.mark.guest(transport=("modern", "legacy", "vhost-user"), lint=True)
+def test_a_network_card_gets_the_page(guest: Guest) -> None:
+    driver = guest.plug(Net(Website(page="It works.\n")))
+    nic = Nic(driver, driver.features)
+    nic.post(count=4)
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20, 1, 0, 64, 6, 0, GUEST_IP, OUR_IP)
+    request = segment(1, 1, 0x18, b"GET / HTTP/1.0\r\n\r\n")
+    nic.send([OUR_MAC + MAC + b"\x08\x00", head[:2] + struct.pack(">H", 20 + len(request)) + head[4:], request])
+    assert nic.receive().frame.endswith(b"\r\n\r\nIt works.\n")

@@ -11,9 +11,10 @@ from pyvirtio.devices.rng import Rng
 from pyvirtio.spec import Feature
 from pyvirtio.testing import DeviceNeedsReset, Guest, VhostUserDriver, VirtioDriver
 from pyvirtio.testing.blk import Disk
-from pyvirtio.testing.ring import Desc
 
-everywhere = pytest.mark.guest(transport=("modern", "legacy", "vhost-user"), indirect=(False, True))
+everywhere = pytest.mark.guest(
+    transport=("modern", "legacy", "vhost-user"), indirect=(False, True), packed=(False, True)
+)
 
 
 class PanelConfig(LittleEndianStructure):
@@ -78,8 +79,9 @@ def test_a_reset_starts_over(guest: Guest) -> None:
 @everywhere
 def test_a_broken_device_says_so_and_recovers(guest: Guest) -> None:
     panel = guest.plug(Panel())
-    panel.panelq.ring.write_desc(0, Desc(1 << 40, 4))
-    panel.panelq.ring.offer(0)
+    buffer = panel.panelq.add(writable=4)
+    table = buffer.table[0] if buffer.table else panel.panelq.ring.desc
+    guest.memory.write(table, (1 << 40).to_bytes(8, "little"))
     panel.panelq.kick()
     assert "0x10000000000" in panel.wait_needs_reset()
     with pytest.raises(DeviceNeedsReset):

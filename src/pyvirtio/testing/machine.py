@@ -37,8 +37,8 @@ Driver = VirtioDriver | VhostUserDriver
 class Guest:
     """A machine to plug devices into. RAM is two adjacent regions from 0 on and, behind a hole, a third above 4 GiB.
 
-    `transport`, `ioeventfd` and `indirect` are what `plug` asks for unless it is told; `ioeventfd=None` leaves it to
-    the device, and vhost-user knows nothing else. With `lint` what drivers and devices do is checked against the
+    `transport`, `ioeventfd`, `indirect`, `packed` are what `plug` asks for unless it is told; `ioeventfd=None` leaves
+    it to the device, and vhost-user knows nothing else. With `lint` what drivers and devices do is checked against the
     specification, with `trace` the last accesses are kept for `trace.describe`. `raw` is the machine without its
     drivers.
     """
@@ -52,12 +52,13 @@ class Guest:
         transport: Transport = "modern",
         ioeventfd: bool | None = None,
         indirect: bool = False,
+        packed: bool = False,
         lint: bool = False,
         trace: bool = False,
         memory: int = 4 * MIB,
     ) -> None:
         self.lint = Lint() if lint else None
-        self.transport, self.ioeventfd, self.indirect = transport, ioeventfd, indirect
+        self.transport, self.ioeventfd, self.indirect, self.packed = transport, ioeventfd, indirect, packed
         self.border = memory // 2
         """Where the first region ends and the second begins."""
         self.high = max(self.HIGH, memory)
@@ -98,6 +99,7 @@ class Guest:
         and `in_order`; what it returns is a `VhostUserDriver`: the same but for `pci`, `common` and `status`.
         """
         properties.setdefault("name", f"{type(device).__name__.lower()}{len(self.drivers)}")
+        properties.setdefault("packed", self.packed)
         driver: Driver
         transport = transport or self.transport
         if transport == "vhost-user":

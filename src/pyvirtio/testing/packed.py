@@ -94,6 +94,12 @@ class PackedRing:
     def span(self) -> int:
         return max(4096, self.used + EVENTS - self.desc)
 
+    def state(self) -> dict[str, int]:
+        """The words that both sides share, and where the driver stands; bit 15 is a wrap counter."""
+        names = ("driver_event", "driver_flags", "device_event", "device_flags")
+        words = {name: getattr(self, name) for name in names}
+        return {"size": self.size, **words, "next_avail": int(self.next_avail), "next_used": int(self.next_used)}
+
     @property
     def device_ranges(self) -> list[tuple[int, int]]:
         """Address and length of the ring memory that the device may write."""

@@ -74,12 +74,14 @@ def _arguments(node: pytest.Item, marker: str) -> dict[str, Any]:
 
 
 def _variants(choices: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every combination. A kick over vhost-user is always an eventfd, so there is one mode only."""
+    """Every combination that there is: a kick over vhost-user is always an eventfd, legacy rings are split."""
     each = [value if isinstance(value, tuple) else (value,) for value in choices.values()]
     found = [dict(zip(choices, values, strict=True)) for values in product(*each)]
     for variant in found:
         if variant.get("transport") == "vhost-user":
             variant["ioeventfd"] = True
+        if variant.get("transport") == "legacy" and "packed" in variant:
+            variant["packed"] = False
     return [variant for n, variant in enumerate(found) if variant not in found[:n]]
 
 
