@@ -182,6 +182,28 @@ def test_dry_run_shows_what_would_be_built(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("here")
+def test_dry_run_shows_networks(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    networks = "--netdev pair,id=left --netdev pair,id=right,peer=left,pcap=frames --netdev pair,id=spare"
+    line = f"{networks} --device virtio-net-pci,netdev=left --device virtio-net-pci,netdev=right,id=other"
+    assert dry_run(line + " --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(net["device"], net["type"], net["backend"]) for net in shown["devices"]] == [
+        ("net0", "Net", "pair"),
+        ("other", "Net", "pair"),
+    ]
+    assert Path("frames").stat().st_size == 24
+    assert caplog.messages == ["spare: no device is on this network; give one netdev=spare"]
+    for netdev, message in (
+        ("left", "net1: netdev=left is in use by net0"),
+        ("right", "net1: netdev=right is not the id of a --netdev (there are: left)"),
+        ("left,host-mtu=67", "net1: host-mtu=67 is not allowed: an integer, 68 to 65535"),
+    ):
+        line = f"--netdev pair,id=left --device virtio-net-pci,netdev=left --device virtio-net-pci,netdev={netdev}"
+        assert dry_run(line) == 2
+        assert capsys.readouterr().err == f"pyvirtio: {message}\n"
+
+
+@pytest.mark.usefixtures("here")
 def test_dry_run_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("--device virtio-rng-pci") == 0
     shown = capsys.readouterr().out

@@ -4,17 +4,22 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 from fake_vhost import FakeVhost, Pairs
 from notified import function_level_reset, modes, notifiers_of
 
+from pyvirtio.dataplane import IoThread
 from pyvirtio.spec import Feature, NetFeature
 from pyvirtio.testing import Guest, VirtioDriver
 from pyvirtio.testing.driver import Interface
 from pyvirtio.testing.queue import HANG, Queue
+from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vhost import kernel
 from pyvirtio.vhost.kernel import VhostNet
+from pyvirtio.vmm.monitor import Controls, Monitor
 
 VHOST, OWN = b"vhost", b"own"
 
@@ -231,6 +236,29 @@ def test_what_is_switched_on_and_fails_is_an_error(guest: Guest, fake: FakeVhost
     assert modes(driver) == [own_mode(guest)] * 3
     vhost_of(driver).enabled = True
     assert answers(driver) == [VHOST, VHOST, OWN]
+
+
+@dataclass
+class Machine:
+    """As much of a machine as the monitor looks at."""
+
+    devices: list[VirtioPci]
+    iothreads: dict[str, IoThread] = field(default_factory=dict)
+
+
+def test_the_monitor_switches_it(guest: Guest, fake: FakeVhost) -> None:
+    driver = guest.plug(Pairs())
+    monitor = Monitor(cast(Controls, Machine([driver.function])))
+    assert [line.split()[-1] for line in monitor.execute("info queues").splitlines()[1:3]] == ["vhost"] * 2
+    assert monitor.execute("set pairs0.vhost off") == ""
+    assert answers(driver) == [OWN] * 3
+    fake.fail_at = len(fake.requests) + 2
+    assert monitor.execute("set pairs0.vhost on") == "set pairs0.vhost on: Bad address\n"
+    assert answers(driver) == [OWN] * 3
+    assert monitor.execute("set pairs0.vhost on") == ""
+    assert answers(driver) == [VHOST, VHOST, OWN]
+    known = "only ioeventfd and vhost can be switched while the machine runs"
+    assert monitor.execute("set pairs0.vectors 1") == f"set pairs0.vectors: {known}\n"
 
 
 def test_features_that_the_kernel_lacks(guest: Guest, fake: FakeVhost, caplog: pytest.LogCaptureFixture) -> None:

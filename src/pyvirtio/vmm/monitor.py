@@ -25,6 +25,7 @@ info queues                     per queue: size, how its kicks travel, counters
 info faults                     what goes wrong on purpose, and how often it did
 info balloon                    how much memory the guest has, and what it says of it
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
+set DEVICE.vhost on|off         lend the queues of a network device to the kernel, or take them back
 set IOTHREAD.poll-max-ns NUMBER e.g. set io0.poll-max-ns 0
 balloon MIB                     ask the guest to get by with so much memory
 block_resize DEVICE SIZE        give a disk another size, e.g. block_resize blk0 2G
@@ -161,7 +162,7 @@ class Monitor:
         owner, _, key = name.rpartition(".")
         for device in self.machine.devices:
             if device.name == owner:
-                return self._set_ioeventfd(device, key, value)
+                return self._set_device(device, key, value)
         for iothread in self.machine.iothreads.values():
             if iothread.name == owner:
                 return self._set_poll(iothread, key, value)
@@ -220,12 +221,19 @@ class Monitor:
     def _memory(self) -> int:
         return sum(size for _, size, _, _ in self.machine.accel.memory.regions)
 
-    def _set_ioeventfd(self, device: VirtioPci, key: str, value: str) -> str:
-        if key.replace("_", "-") != "ioeventfd":
-            return f"set {device.name}.{key}: only ioeventfd can be switched while the machine runs\n"
+    def _set_device(self, device: VirtioPci, key: str, value: str) -> str:
+        known = ["ioeventfd", "vhost"] if device.vhost else ["ioeventfd"]
+        if key.replace("_", "-") not in known:
+            return f"set {device.name}.{key}: only {' and '.join(known)} can be switched while the machine runs\n"
         if value not in ("on", "off"):
             return f"set {device.name}.{key} {value}: allowed are on and off\n"
-        device.ioeventfd = value == "on"
+        try:
+            if key == "vhost" and device.vhost:
+                device.vhost.enabled = value == "on"
+            else:
+                device.ioeventfd = value == "on"
+        except OSError as error:
+            return f"set {device.name}.{key} {value}: {error.strerror}\n"
         return ""
 
     def _set_poll(self, iothread: IoThread, key: str, value: str) -> str:
