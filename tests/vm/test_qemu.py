@@ -51,34 +51,45 @@ def test_one_server_serves_one_machine_after_another(server: "subprocess.Popen[b
     assert server.wait(HANG_GUARD) == 0
 
 
+def sha256(image: Path) -> str:
+    return hashlib.sha256(image.read_bytes()).hexdigest()
+
+
 SCRIPT = """
-echo "disk $(sha256sum </dev/vda)"
-dd if=/dev/urandom of=/dev/vda bs=64k count=8 seek=8 conv=fsync 2>/dev/null
-sync
-echo 3 >/proc/sys/vm/drop_caches
-echo "written $(sha256sum </dev/vda)"
+for disk in vda vdb; do
+    echo "$disk $(sha256sum </dev/$disk)"
+    dd if=/dev/urandom of=/dev/$disk bs=64k count=8 seek=8 conv=fsync 2>/dev/null
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    echo "$disk written $(sha256sum </dev/$disk)"
+    echo "$disk packed $(cut -c35 /sys/block/$disk/device/features)"
+done
 echo "queues $(ls /sys/block/vda/mq | wc -l)"
 echo "random $(head -c 512 /dev/hwrng | wc -c)"
 poweroff -f
 """
 
 
-def test_linux_reads_and_writes_the_disk_and_gets_entropy(tmp_path: Path) -> None:
-    """Two devices of one process; the checksums are the guest's of the disk, before and after it wrote."""
-    image = tmp_path / "disk.img"
-    image.write_bytes(os.urandom(4 * MIB))
-    before = hashlib.sha256(image.read_bytes()).hexdigest()
-    disk = qemu.vhost_user("blk", tmp_path / "blk", "vhost-user-blk-pci,num-queues=2")
+def test_linux_reads_and_writes_disks_and_gets_entropy(tmp_path: Path) -> None:
+    """Three devices of one process; the checksums are the guest's of each disk, before and after it wrote."""
+    images = {name: tmp_path / f"{name}.img" for name in ("vda", "vdb")}
+    for image in images.values():
+        image.write_bytes(os.urandom(4 * MIB))
+    before = {name: sha256(image) for name, image in images.items()}
+    split = qemu.vhost_user("split", tmp_path / "split", "vhost-user-blk-pci,num-queues=2")
+    packed = qemu.vhost_user("packed", tmp_path / "packed", "vhost-user-blk-pci,num-queues=1,packed=on")
     entropy = qemu.vhost_user("rng", tmp_path / "rng", "vhost-user-rng-pci")
     with programs(tmp_path) as start:
-        blk = "blk,drive=d,num-queues=2,socket-path=blk"
-        start("--drive", "file=disk.img,id=d", "--device", blk, "--device", "rng,socket-path=rng")
-        machine = qemu.linux(tmp_path, SCRIPT, *disk, *entropy, modules=("virtio_blk", "virtio_rng"))
+        drives = [text for name in images for text in ("--drive", f"file={name}.img,id={name}")]
+        blks = ["blk,drive=vda,num-queues=2,socket-path=split", "blk,drive=vdb,packed=on,socket-path=packed"]
+        start(*drives, "--device", blks[0], "--device", blks[1], "--device", "rng,socket-path=rng")
+        machine = qemu.linux(tmp_path, SCRIPT, *split, *packed, *entropy, modules=("virtio_blk", "virtio_rng"))
         printed = qemu.run(machine, tmp_path).decode(errors="replace")
-    assert f"disk {before}" in printed
-    after = hashlib.sha256(image.read_bytes()).hexdigest()
-    assert after != before
-    assert f"written {after}" in printed
+    for name, image in images.items():
+        assert f"{name} {before[name]}" in printed
+        assert sha256(image) != before[name]
+        assert f"{name} written {sha256(image)}" in printed
+        assert f"{name} packed {int(name == 'vdb')}" in printed
     assert "queues 2" in printed
     assert "random 512" in printed
 

@@ -39,6 +39,7 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "page-per-vq": {"page_per_vq": True},
     "pio-notify": {"modern_pio_notify": True},
     "plain-ring": {"event_idx": False, "indirect_desc": False},
+    "packed-ring": {"packed": True},
     "readonly": {},
 }
 """The properties of each disk. The guest with one CPU has all of them, the one with two those of `ALWAYS`."""
