@@ -109,6 +109,18 @@ def test_the_domain_of_libvirt_is_printed(here: Path, capsys: pytest.CaptureFixt
     assert arguments == ["-chardev", "socket,id=rng0,path=r,reconnect=1", "-device", "vhost-user-rng-pci,chardev=rng0"]
 
 
+def test_the_front_ends_side_of_a_network_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "serve net,netdev=n --netdev pair,id=n --socket-path s"
+    assert main([*line.split(), "--print-qemu-args"]) == 0
+    shown = capsys.readouterr().out
+    assert "-netdev vhost-user,id=net0-net,chardev=net0,queues=1" in shown
+    assert "-device virtio-net-pci,netdev=net0-net" in shown
+    assert main([*line.split(), "--print-libvirt-xml"]) == 0
+    domain = ElementTree.fromstring(f"<domain>{capsys.readouterr().out}</domain>")
+    (source,) = domain.findall("devices/interface[@type='vhostuser']/source")
+    assert (source.get("path"), source.get("mode")) == ("s", "client")
+
+
 def test_an_image_that_only_looks_like_another_format_is_served_if_told(start: Start, here: Path) -> None:
     start("--drive", "file=other.qcow2,id=d,format=raw", "--device", "blk,drive=d,socket-path=s")
     with FrontEnd(here / "s") as vm:

@@ -48,7 +48,13 @@ def _options(served: Served) -> Iterator[tuple[str, str]]:
     path = str(served.path).replace(",", ",,")
     packed = ",packed=on" if served.rings.packed else ""
     yield "-chardev", f"socket,id={served.name},path={path},reconnect=1"
-    yield "-device", f"{_front_end(served.device)}{packed},chardev={served.name}"
+    if served.device.id == DeviceId.NET:
+        pairs = len(served.device.queues) // 2
+        several = f",mq=on,vectors={2 * pairs + 2}" if pairs > 1 else ""
+        yield "-netdev", f"vhost-user,id={served.name}-net,chardev={served.name},queues={pairs}"
+        yield "-device", f"virtio-net-pci,netdev={served.name}-net{several}{packed}"
+    else:
+        yield "-device", f"{_front_end(served.device)}{packed},chardev={served.name}"
 
 
 def _front_end(device: Device) -> str:
@@ -62,12 +68,14 @@ def _front_end(device: Device) -> str:
 
 def libvirt_xml(devices: Sequence[Served]) -> str:
     """The parts of a domain; what libvirt has no element for goes to QEMU as it is."""
-    own = [served for served in devices if served.device.id == DeviceId.BLOCK]
-    others = [served for served in devices if served not in own]
+    disks = [served for served in devices if served.device.id == DeviceId.BLOCK]
+    networks = [served for served in devices if served.device.id == DeviceId.NET]
+    others = [served for served in devices if served not in (*disks, *networks)]
+    elements = [line for index, served in enumerate(disks) for line in _disk(served, index)]
+    elements += [line for served in networks for line in _interface(served)]
     lines = ["<memoryBacking>", "  <source type='memfd'/>", "  <access mode='shared'/>", "</memoryBacking>"]
-    if own:
-        disks = [line for index, served in enumerate(own) for line in _disk(served, index)]
-        lines += ["<devices>", *(f"  {line}" for line in disks), "</devices>"]
+    if elements:
+        lines += ["<devices>", *(f"  {line}" for line in elements), "</devices>"]
     if others:
         pairs = [text for served in others for pair in _options(served) for text in pair]
         arguments = [f"  <qemu:arg value={quoteattr(text)}/>" for text in pairs]
@@ -85,6 +93,18 @@ def _disk(served: Served, index: int) -> list[str]:
         f"  <target dev='{_disk_name(index)}' bus='virtio'/>",
         f"  <alias name='ua-{escape(name)}'/>",
         "</disk>",
+    ]
+
+
+def _interface(served: Served) -> list[str]:
+    packed = " packed='on'" if served.rings.packed else ""
+    path = quoteattr(str(served.path))
+    return [
+        "<interface type='vhostuser'>",
+        f"  <source type='unix' path={path} mode='client'><reconnect enabled='yes' timeout='1'/></source>",
+        "  <model type='virtio'/>",
+        f"  <driver queues='{len(served.device.queues) // 2}'{packed}/>",
+        "</interface>",
     ]
 
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvirtio.backends.block import BlockBackend
-from pyvirtio.backends.chardev import Chardev
-from pyvirtio.cli import chardev, faults
+from pyvirtio.cli import chardev, faults, netdev
 from pyvirtio.cli.devices import device_class
 from pyvirtio.cli.drives import Drive, open_drives
 from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
+from pyvirtio.cli.netdev import Netdev
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
-from pyvirtio.cli.plug import make, next_name
+from pyvirtio.cli.plug import Backends, make, next_name
 from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
 from pyvirtio.devices import DEVICES
@@ -36,7 +35,7 @@ ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BLK_FILE = "blk-file"
 """The id of the drive that --blk-file opens."""
 NAMES = {short: short for short in DEVICES}
-CONFINED = ("pyvirtio.backends.block", "pyvirtio.backends.nbd")
+CONFINED = tuple(f"pyvirtio.backends.{name}" for name in ("block", "nbd", "net", "tap"))
 """The modules of backends that open nothing once they are made."""
 FIRST_FD = 3
 """Where systemd puts the sockets that it passes (sd_listen_fds)."""
@@ -72,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--poll-max-ns", metavar="NS", help="longest busy wait of an I/O thread; 0 = none")
     parser.add_argument("--sandbox", choices=("on", "off"), help=SANDBOX_HELP)
     faults.add_argument(parser)
+    parser.add_argument("--netdev", action="append", default=[], metavar="KIND,id=ID[,OPTIONS]", help=netdev.HELP)
     parser.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
     parser.add_argument("--lint", action="store_true", help="report what drivers do against the specification")
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     if chardev.show_help(args.chardev):
         return 0
     texts = [*([args.what] if args.what else []), *args.device]
-    if faults.show_help(args) or show_drive_help(args.drive):
+    if faults.show_help(args) or show_drive_help(args.drive) or netdev.show_help(args.netdev):
         return 0
     if not texts:
         raise ConfigError("serve: name a device, such as `blk` or `rng`")
@@ -157,9 +157,12 @@ def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = Non
 
 def _serve(orders: list[Order], args: argparse.Namespace) -> int:
     with ExitStack() as stack:
-        drives = open_drives(_drive_texts(args), stack.callback)
-        chardevs = chardev.open_chardevs(args.chardev, stack.callback)
-        devices = [_device(order, drives, chardevs, stack) for order in orders]
+        backends = Backends(
+            open_drives(_drive_texts(args), stack.callback),
+            netdev.open_netdevs(args.netdev, stack.callback),
+            chardev.open_chardevs(args.chardev, stack.callback),
+        )
+        devices = [_device(order, backends, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
             served = [Served(o.name, o.path, device, o.rings) for o, device in zip(orders, devices, strict=True)]
             print(qemu_args(served) if args.print_qemu_args else libvirt_xml(served))
@@ -170,7 +173,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         end = _End(stack)
         sockets = [_socket(order, stack) for order in orders]
         systemd = _notify_socket(stack)
-        by_default = "on" if _opens_nothing_later(orders, drives, chardevs) else "off"
+        by_default = "on" if _opens_nothing_later(orders, backends) else "off"
         _enter_sandbox(orders, (args.sandbox or by_default) == "on")
         shared = [_iothread(f"iothread{n}", polling, stack) for n in range(args.iothreads or 0)]
         lint = Lint()
@@ -191,11 +194,11 @@ def _iothread(name: str, polling: dict[str, Any], stack: ExitStack) -> IoThread:
     return iothread
 
 
-def _opens_nothing_later(orders: list[Order], drives: dict[str, Drive], chardevs: dict[str, Chardev]) -> bool:
+def _opens_nothing_later(orders: list[Order], backends: Backends) -> bool:
     """Whether all of it is ours, and needs no file, program or connection once it is made."""
     devices = all(order.cls.__module__.startswith("pyvirtio.") for order in orders)
-    backends = all(type(drive.backend).__module__ in CONFINED for drive in drives.values())
-    return devices and backends and not chardevs
+    used: list[Drive | Netdev] = [*backends.drives.values(), *backends.netdevs.values()]
+    return devices and all(type(each.backend).__module__ in CONFINED for each in used) and not backends.chardevs
 
 
 def _enter_sandbox(orders: list[Order], wanted: bool) -> None:
@@ -211,14 +214,10 @@ def _drive_texts(args: argparse.Namespace) -> list[str]:
     return [*args.drive, f"file={path},id={BLK_FILE},readonly={'on' if args.read_only else 'off'}"]
 
 
-def _device(order: Order, drives: dict[str, Drive], chardevs: dict[str, Chardev], stack: ExitStack) -> Device:
-    references: dict[type, dict[str, object]] = {
-        BlockBackend: {drive.id: drive.backend for drive in drives.values()},
-        Chardev: dict(chardevs),
-    }
-    properties, rings = bind_each((order.cls, Rings), order.options, order.name, references)
+def _device(order: Order, backends: Backends, stack: ExitStack) -> Device:
+    properties, rings = bind_each((order.cls, Rings), order.options, order.name, backends.references)
     order.rings = Rings(**rings)
-    device = make(order.cls, properties, order.name, drives.values())
+    device = make(order.cls, properties, order.name, [*backends.drives.values(), *backends.netdevs.values()])
     stack.callback(device.close)
     device.name = order.name
     declared_queues(device, MAX_VRINGS)

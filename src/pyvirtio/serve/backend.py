@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from pyvirtio._core import CallFd, DeviceState, DirtyLog, GuestMemory, VirtQueue
-from pyvirtio.dataplane import IoThread, declared_queues, reset_device
-from pyvirtio.device import Device, Queue
+from pyvirtio.dataplane import IoThread, deal_out, declared_queues, reset_device
+from pyvirtio.device import Device, Handler
 from pyvirtio.errors import GuestError, ProtocolError
 from pyvirtio.events import Events
 from pyvirtio.serve.memory import MemoryTable
@@ -32,11 +32,6 @@ def _broken(name: str, errs: dict[int, CallFd]) -> Callable[[str], None]:
     return tell
 
 
-def _spread(queue: Queue, iothreads: Sequence[IoThread]) -> int:
-    """Over how many threads to deal out queues like this one. Methods of a device all run on the first."""
-    return 1 if callable(queue.handler) else len(iothreads)
-
-
 class Backend:
     """Runs the rings of a device that are ready. A change sets what it concerns and settles; one thread does so."""
 
@@ -48,11 +43,13 @@ class Backend:
         self.table = MemoryTable()
         self._errs: dict[int, CallFd] = {}
         self.state = DeviceState(device.name, _broken(device.name, self._errs))
-        queues = declared_queues(device, MAX_VRINGS)
-        self.vrings = [
-            Vring(VirtQueue(self.state, q.name, index, q.size), q.handler, iothreads[index % _spread(q, iothreads)])
-            for index, q in enumerate(queues)
-        ]
+        self._queues = declared_queues(device, MAX_VRINGS)
+        self.vrings = []
+        for index, iothread in enumerate(deal_out(device, len(self._queues), iothreads)):
+            q = self._queues[index]
+            vq = VirtQueue(self.state, q.name, index, q.size)
+            # The methods of a device all run on one thread.
+            self.vrings.append(Vring(vq, q.handler, iothreads[0] if callable(q.handler) else iothread))
         device.loops = [vring.iothread.loop for vring in self.vrings]
         self.events = Events(device, self.state, iothreads[0].loop)
         self._log: GuestMemory | None = None
@@ -68,9 +65,14 @@ class Backend:
 
     def renew_handlers(self) -> None:
         """Serve the queues as the device declares them now."""
-        for vring, q in zip(self.vrings, declared_queues(self.device, MAX_VRINGS), strict=True):
-            vring.handler = q.handler
-            vring.vq.set_handler(q.handler)
+        self._queues = declared_queues(self.device, MAX_VRINGS)
+        for vring in self.vrings:
+            vring.handler = self._handler(vring)
+            vring.vq.set_handler(vring.handler)
+
+    def _handler(self, vring: Vring) -> Handler:
+        index = vring.vq.index
+        return self.device.served_by(self._queues[index], index, self._agreed)
 
     def settle(self) -> None:
         """Run the rings that are ready, and no others. Calling it twice changes nothing."""
@@ -83,6 +85,7 @@ class Backend:
             if vring.ready and not vring.running:
                 try:
                     self._activate()
+                    vring.handler = self._handler(vring)
                     vring.start(self.table, self.features)
                 except GuestError as error:
                     vring.addresses = None
@@ -140,9 +143,14 @@ class Backend:
         self._reset_device()
         self.device.detach()
 
+    @property
+    def _agreed(self) -> int:
+        """The features that concern the device."""
+        return self.features & ~(PROTOCOL_FEATURES | LOG_ALL)
+
     def _activate(self) -> None:
         """Tell the device what was agreed, before its first ring runs; anew if a driver agrees on something else."""
-        features = self.features & ~(PROTOCOL_FEATURES | LOG_ALL)
+        features = self._agreed
         if self._activated == features or any(vring.running for vring in self.vrings):
             return
         self._reset_device()

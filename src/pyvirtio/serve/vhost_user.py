@@ -24,7 +24,7 @@ from pyvirtio.serve.requests import REQUESTS, Refused, handles
 from pyvirtio.serve.sharing import Sharing
 from pyvirtio.serve.vring import Vring
 from pyvirtio.serve.wire import Flag, Message, ProtocolFeature, Reply, Request
-from pyvirtio.spec import WRAP_COUNTER, Feature, Status
+from pyvirtio.spec import WRAP_COUNTER, DeviceId, Feature, Status
 
 OFFERED = int(sum(ProtocolFeature))
 POLL_MS = 1
@@ -180,7 +180,9 @@ class Session(Sharing):
 
     @handles(Request.GET_QUEUE_NUM)
     def _get_queue_num(self, message: Message) -> Reply:
-        return wire.u64(len(self.backend.vrings))
+        """Of a network device it is the number of queue pairs that front-ends ask for here."""
+        count = len(self.backend.vrings)
+        return wire.u64(count // 2 if self.device.id == DeviceId.NET else count)
 
     @handles(Request.SET_OWNER)
     def _set_owner(self, message: Message) -> None:
