@@ -28,7 +28,7 @@ class Pairs(Device, id=1):
     def __init__(self, pairs: int = 1, size: int = 16) -> None:
         self.rings, self.size = 2 * pairs, size
         self.device_features = int(NetFeature.MQ)
-        self.vhost = [(os.eventfd(0), os.eventfd(0)) for _ in range(pairs)]
+        self.vhost = self.fds = [(os.eventfd(0), os.eventfd(0)) for _ in range(pairs)]
         self.threads: set[int] = set()
 
     @queue(size="size", count="rings")
@@ -45,8 +45,12 @@ class Pairs(Device, id=1):
             chain.write(b"own")
             chain.complete()
 
+    def activate(self, features: int) -> None:
+        self.vhost = self.fds if features & NetFeature.MQ else self.fds[:1]
+        self.vhost_changed()
+
     def close(self) -> None:
-        for fds in self.vhost:
+        for fds in self.fds:
             for fd in fds:
                 os.close(fd)
 

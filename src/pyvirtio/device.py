@@ -167,7 +167,11 @@ class Device:
     device_features: int = 0
     """The feature bits of the device type that are offered; the transport adds its own."""
     vhost: Sequence[tuple[int, int]] = ()
-    """For each pair of queues that the kernel can serve, from the first on: the fds of a `/dev/vhost-net` and a tap."""
+    """For each pair of queues that the kernel may serve, from the first on: the fds of a `/dev/vhost-net` and a tap.
+
+    The device may shorten it, and tell `vhost_changed`.
+    """
+    vhost_changed: Callable[[], object]
     config: Any
     """The configuration space: an instance of the layout, or None."""
     loops: Sequence[IoThread] = ()
@@ -197,7 +201,7 @@ class Device:
         self = super().__new__(cls)
         self.config = cls.config_layout() if cls.config_layout else None
         self.config_generation = 0
-        self.config_changed = lambda: None
+        self.config_changed = self.vhost_changed = lambda: None
         self._config_lock = Lock()
         return self
 

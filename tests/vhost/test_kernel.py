@@ -225,6 +225,19 @@ def test_without_multiqueue_the_third_queue_is_ours(guest: Guest, fake: FakeVhos
     assert answers(driver) == [VHOST] * 4 + [OWN]
 
 
+def test_the_device_may_keep_its_queues_for_a_while(guest: Guest, fake: FakeVhost) -> None:
+    """As a network card does while its cable is out."""
+    device = Pairs(2)
+    driver = guest.plug(device)
+    for pairs in (0, 2, 1, 2, 0, 1):
+        device.vhost = device.fds[:pairs]
+        device.vhost_changed()
+        assert answers(driver) == [VHOST] * 2 * pairs + [OWN] * (4 - 2 * pairs) + [OWN]
+    vhost_of(driver).enabled = False
+    device.vhost_changed()
+    assert answers(driver) == [OWN] * 5
+
+
 def test_what_is_switched_on_and_fails_is_an_error(guest: Guest, fake: FakeVhost) -> None:
     driver = guest.plug(Pairs())
     vhost_of(driver).enabled = False

@@ -104,7 +104,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
             queue_pairs=self.pairs,
             pcap=netdev.pcap,
         )
-        self.vhost = list(zip(netdev.vhost_fds, netdev.fds, strict=False))[: self.pairs]
+        self.vhost = self._vhost = list(zip(netdev.vhost_fds, netdev.fds, strict=False))[: self.pairs]
         self.control = Control(self)
         netdev.connect(self.plane.inject)
 
@@ -149,6 +149,13 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
         self.plane.set_link(up)
         with self.update_config() as config:
             config.status = config.status & ~LINK_UP | (LINK_UP if up else 0)
+        self._lend()
+
+    def _lend(self) -> None:
+        """The kernel may serve the pairs that the driver agreed to, and knows nothing of cables."""
+        pairs = self.pairs if self.agreed & NetFeature.MQ else 1
+        self.vhost = self._vhost[:pairs] if self.config.status & LINK_UP else []
+        self.vhost_changed()
 
     def config_bytes(self) -> bytes:
         if not any(self.mac):
@@ -164,6 +171,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
 
     def activate(self, features: int) -> None:
         self._agreed = NetFeature(features)
+        self._lend()
         self.netdev.set_offload(self._agreed & TO_DRIVER)
         self.netdev.set_queue_pairs(1)
         self.plane.open(features, [self.loops[2 * pair] for pair in range(self.pairs)])

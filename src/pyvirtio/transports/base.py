@@ -71,8 +71,6 @@ class DriverState:
         self.dataplane = dataplane
         self.memory = memory
         self.on_reset = on_reset
-        self.on_start: Callable[[int], object] = lambda _: None
-        """Called with the features before the queues are served."""
         self.offered = offered
         self.legacy_offered = legacy_offered
         self._running = False
@@ -291,7 +289,6 @@ class DriverState:
         for index, setup in enumerate(self.setups):
             if setup.enabled:
                 self._start_queue(index)
-        self.on_start(self.features or 0)
         self.dataplane.run(self.features or 0)
         self._running = True
         log.info("%s: driver up, features %#x", self.dataplane.state.name, self.features)

@@ -120,7 +120,7 @@ class VirtioPci(PciFunction):
         self.driver = self._driver_state(has_legacy, sum(feature for feature, offer in generic.items() if offer))
         self.legacy = self._add_legacy() if has_legacy else None
         self.common = None if disable_modern else self._add_modern(modern_pio_notify)
-        self.vhost = VhostNet(self.driver, self.interrupts, device.vhost) if device.vhost else None
+        self.vhost = VhostNet(self.driver, self.interrupts) if device.vhost else None
         self._af = self.config.add_capability(ADVANCED_FEATURES, b"\x06\x03\x00\x00")
         self.window = None if disable_modern else ConfigWindow(self)
 

@@ -8,7 +8,6 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fcntl import ioctl
@@ -127,11 +126,11 @@ class Vring:
 class VhostNet:
     """Lends the queue pairs of a network device to the kernel while it is `enabled` and the driver is up.
 
-    `pairs` are the file descriptors of a `/dev/vhost-net` and of a tap for each, which the backend owns. `OSError` if
-    vhost does not take them. `enabled` may be set from any thread, `close` is for the owner, after the last reset.
+    Which ones is what `Device.vhost` says; at first it has all of them. `OSError` if vhost does not take them.
+    `enabled` may be set from any thread, `close` is for the owner, after the last reset.
     """
 
-    def __init__(self, driver: DriverState, interrupts: Interrupts, pairs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, driver: DriverState, interrupts: Interrupts) -> None:
         self._driver = driver
         self._interrupts = interrupts
         self._notifiers = driver.dataplane.notifiers
@@ -139,12 +138,13 @@ class VhostNet:
         self._features = int(RING_FEATURES)
         self._lock = Lock()  # of the watches and the calls of the rings
         self._rings: list[Vring] = []
-        for vhost, tap in pairs:
+        for vhost, tap in driver.dataplane.device.vhost:
             self._add(vhost, tap)
         interrupts.follow(self._connect)
-        driver.on_start = self._agree
         self._lent = range(0)
         self._enabled = True
+        self._lend()
+        driver.dataplane.device.vhost_changed = self._lend
 
     def _add(self, vhost: int, tap: int) -> None:
         ioctl(vhost, SET_OWNER)
@@ -162,16 +162,13 @@ class VhostNet:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._enabled = value
-        self._notifiers.release(self._lent)
-        if value:
-            self._notifiers.grab(self._lent, self._serve)
+        self._lend()
 
-    def _agree(self, features: int) -> None:
-        """Without MQ the driver has one pair, and its third queue is the control queue (virtio 1.3, 5.1.2)."""
-        self._notifiers.release(self._lent)
-        self._lent = range(len(self._rings) if features & NetFeature.MQ else PAIR)
-        if self._enabled:
-            self._notifiers.grab(self._lent, self._serve)
+    def _lend(self) -> None:
+        """Lend the pairs that the device says, or none."""
+        lent, self._lent = self._lent, range(PAIR * len(self._driver.dataplane.device.vhost) if self._enabled else 0)
+        self._notifiers.release(set(lent) - set(self._lent))
+        self._notifiers.grab(self._lent, self._serve)
 
     def close(self) -> None:
         self.enabled = False
