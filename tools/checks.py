@@ -159,6 +159,7 @@ def steps(only_fast: bool) -> list[Callable[[], Step]]:
         lambda: Step("mypy", python("mypy")),
         lambda: Step("stubtest", python("mypy.stubtest", "pyvirtio._core")),
         lambda: cargo("clippy", "clippy", "--locked", "--all-targets", "--", "-D", "warnings", component="clippy"),
+        lambda: Step("documentation", python("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")),
         rust_tests,
         lambda: Step("tier A: in process", pytest("tests", "--ignore=tests/kvm", "--ignore=tests/vm")),
         lambda: Step("tier B: freestanding guests", pytest("tests/kvm")),

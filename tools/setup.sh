@@ -167,7 +167,7 @@ build_extension() {
     say "installing Python packages and building the extension (some minutes at the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.7,<2' ||
         fail "pip could not install maturin"
-    if ! VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --extras test >.venv/build.log 2>&1; then
+    if ! VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --extras test,docs >.venv/build.log 2>&1; then
         tail -n 40 .venv/build.log
         fail "the build failed; its output is in .venv/build.log"
     fi

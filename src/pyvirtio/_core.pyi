@@ -1,7 +1,7 @@
 """The Rust core as Python sees it: guest memory, virtqueues, interrupts, I/O threads and KVM."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol, Self, final, type_check_only
+from typing import Any, Literal, Protocol, Self, TypeAlias, final, type_check_only
 
 from typing_extensions import Buffer
 
@@ -37,7 +37,7 @@ __all__ = [
     "tsc",
 ]
 
-_Handler = Callable[["VirtQueue"], object] | "BlkPlane" | "NetPlane"
+_Handler: TypeAlias = "Callable[[VirtQueue], object] | BlkPlane | NetPlane"
 
 @final
 class GuestMemory:

@@ -74,7 +74,7 @@ class NetBackend:
     _inject: Callable[[Iterable[bytes]], int] = staticmethod(nowhere)
 
     def set_offload(self, features: NetFeature) -> None:
-        """The driver takes frames with these of the GUEST_ offloads, and no others."""
+        """The driver takes frames with these of the guest's offloads (VIRTIO_NET_F_GUEST), and no others."""
 
     def set_queue_pairs(self, count: int) -> None:
         """The driver uses the first `count` queue pairs: frames for it may come on these only."""

@@ -1,12 +1,8 @@
 """Hypothesis strategies for hostile drivers: batches of descriptor chains, and sequences of register accesses.
 
-    @given(st.data())
-    def test_it_survives(guest, data):
-        driver = guest.plug(Mine())
-        for access in data.draw(strategies.accesses(driver)):
-            access.do(driver)
+See docs/testing.md for a test that uses them. Needs `hypothesis`.
 
-Needs `hypothesis`. They draw what `pyvirtio.testing.chaos` draws, so that hypothesis shrinks what fails.
+They draw what `pyvirtio.testing.chaos` draws, so that hypothesis shrinks what fails.
 """
 
 from hypothesis import strategies as st
