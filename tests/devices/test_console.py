@@ -1,6 +1,5 @@
 """The console: ports, control messages, and bytes that neither side loses or has to wait for."""
 
-import os
 import select
 import socket
 import struct
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from restored import restored, saved
 
-from pyvirtio.backends.chardev import Chardev, File, Null, Pty, Socket
+from pyvirtio.backends.chardev import Chardev, Null, Socket
 from pyvirtio.devices.console import Console, ConsoleFeature, Control
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing import Guest, VirtioDriver
@@ -370,35 +369,3 @@ def test_mistakes() -> None:
         Console(null, ports=[null])
     with pytest.raises(ConfigError, match="ports: 31 are more than the 30"):
         Console(ports=[Null()] * 31)
-
-
-def test_a_pseudo_terminal(guest: Guest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    link = tmp_path / "tty"
-    chardev = Pty("c0", path=link)
-    assert capsys.readouterr().out == f"char device redirected to {chardev.terminal} (label c0)\n"
-    driver = plug_single(guest, chardev)
-    discarded = driver.transmitq0.add(bytes(8192))  # nobody has it open
-    driver.transmitq0.kick()
-    discarded.wait()
-    with open(link, "r+b", buffering=0) as terminal:
-        buffer = driver.receiveq0.add(writable=16)
-        driver.receiveq0.kick()
-        terminal.write(b"typed\n")
-        assert buffer.wait() == b"typed\n"
-        driver.transmitq0.add(b"printed").queue.kick()
-        assert os.read(terminal.fileno(), 16) == b"printed"
-    guest.unplug(driver)
-    assert not link.is_symlink()
-
-
-def test_files(guest: Guest, tmp_path: Path) -> None:
-    (tmp_path / "in").write_bytes(b"0123456789" * 1000)
-    driver = plug_single(guest, File(tmp_path / "out", input_path=tmp_path / "in"))
-    got = b""
-    while len(got) < 10000:
-        buffer = driver.receiveq0.add(writable=3000)
-        driver.receiveq0.kick()
-        got += buffer.wait()
-    assert got == b"0123456789" * 1000
-    driver.transmitq0.add(b"sent").queue.kick()
-    until(lambda: (tmp_path / "out").read_bytes() == b"sent")

@@ -30,6 +30,7 @@ from code16 import (
 )
 
 from pyvirtio.backends.block import Memory
+from pyvirtio.cli.main import main
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.errors import ConfigError
@@ -306,6 +307,18 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
 def test_what_does_not_fit_is_refused(image: Path, taken: Path, change: Callable[[Any], object], message: str) -> None:
     rewrite(taken, change)
     assert re.search(message, refusal(machine(image), taken))
+
+
+def test_the_command_says_it_in_one_line(image: Path, taken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["run", "--firmware", str(image), "-m", "16M", "--serial", "null"]
+    assert main([*options, "--restore", str(taken)]) == 2
+    devices = "blk0 (Blk, slot 1), rng0 (Rng, slot 2)"
+    assert (
+        capsys.readouterr().err
+        == f"pyvirtio: snapshot {taken}: devices of that machine: {devices}; of this one: none\n"
+    )
+    assert main([*options, "--restore", "nothing"]) == 2
+    assert capsys.readouterr().err == "pyvirtio: snapshot nothing: No such file or directory\n"
 
 
 def test_files_that_are_no_snapshots(image: Path, tmp_path: Path) -> None:

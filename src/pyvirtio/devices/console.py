@@ -245,7 +245,8 @@ class Console(Device, id=DeviceId.CONSOLE, config=ConsoleConfig):
     def write_config(self, offset: int, data: bytes) -> None:
         """A byte in emerg_wr goes out at once, whatever the driver has or has not set up (5.3.4)."""
         if offset == ConsoleConfig.emerg_wr.offset:
-            self._console.write(data[:1])
+            with self._lock:
+                self._console.write(data[:1])
 
     def save(self) -> dict[str, Any]:
         messages = [[*key, message] for key, message in self._messages.items()]
