@@ -68,6 +68,11 @@ def no_such_queue(driver: VirtioDriver) -> None:
     driver.registers.set_queue_size(9, 8)
 
 
+def unagreed_reset(driver: VirtioDriver) -> None:
+    driver.features_wanted = ~int(Feature.RING_RESET)
+    after_start("queue_reset", 1)(driver)
+
+
 def early_config(driver: VirtioDriver) -> None:
     driver.common.device_status = KNOWN
     driver.config.level = 3
@@ -108,6 +113,7 @@ BROKEN: dict[str, tuple[str, Callable[[VirtioDriver], object]]] = {
     "a queue that does not exist": ("4.1.4.3.2", no_such_queue),
     "a size of 5": ("4.1.4.3.2", common("queue_size", 5, KNOWN | Status.FEATURES_OK)),
     "queue_enable = 0": ("4.1.4.3.2", after_start("queue_enable", 0)),
+    "queue_reset without the feature": ("2.6.1", unagreed_reset),
     "the address of an enabled queue": ("4.1.4.3.2", after_start("queue_desc", 0x8000)),
     "the vector of an enabled queue": ("4.1.4.3.2", after_start("queue_msix_vector", 0)),
     "a vector not read back": ("4.1.5.1.2.2", blind_vector),

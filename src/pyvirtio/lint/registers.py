@@ -45,6 +45,8 @@ REGISTERS = [
     Register("queue_desc", 32, 8),
     Register("queue_driver", 40, 8),
     Register("queue_device", 48, 8),
+    Register("queue_notify_config_data", 56, 2, writable=False),
+    Register("queue_reset", 58, 2),
 ]
 QUEUE_FIELDS = {"queue_size", "queue_msix_vector", "queue_desc", "queue_driver", "queue_device"}
 
@@ -180,8 +182,10 @@ class ModernRegisters:
         if setup is None:
             self._driver(COMMON, f"wrote to {register.name} of queue {index}, which does not exist")
             return
-        if register.name == "queue_enable" and value != 1:
-            self._driver(COMMON, f"wrote {value} to queue_enable of queue {index}")
+        if register.name in ("queue_enable", "queue_reset") and value != 1:
+            self._driver(COMMON, f"wrote {value} to {register.name} of queue {index}")
+        if register.name == "queue_reset" and not driver.driver_features & Feature.RING_RESET:
+            self._driver("2.6.1", f"reset queue {index} without VIRTIO_F_RING_RESET")
         if register.name in QUEUE_FIELDS and setup.enabled:
             self._driver(COMMON, f"wrote to {register.name} of queue {index}, which is enabled")
         unmapped = register.name == "queue_msix_vector" and value == NO_VECTOR  # also when a driver cleans up

@@ -113,10 +113,18 @@ class RingWatcher:
         # The avail index first: a head that was used and is available again has its used entry below the other.
         avail, used = ring.avail_word(1), ring.used_word(1)
         self._check_flags(ring)
+        if self._served_by_others(avail, used):
+            self.ring = None  # until the next start: what is in flight is not known any more
+            return
         self._follow_used(ring, used)
         self._follow_avail(ring, avail)
         if (self.next_avail - self.notified_at) & 0xFFFF > 0x8000:  # kicks that are eventfds are not seen
             self.notified_at = (self.next_avail - 0x8000) & 0xFFFF
+
+    def _served_by_others(self, avail: int, used: int) -> bool:
+        """Whether buffers were used that we have not even seen to be available: vhost in the kernel has the ring."""
+        unseen = ((used - self.next_used) & 0xFFFF) - len(self.in_flight)
+        return 0 < unseen <= (avail - self.next_avail) & 0xFFFF
 
     def _check_flags(self, ring: Ring) -> None:
         most, agreed = (0, "with") if ring.event_idx else (1, "without")
