@@ -1,12 +1,14 @@
-"""The other end of a network device's cable, in the hands of a test."""
+"""A network device, and the other end of its cable in the hands of a test."""
 
 import os
 import socket
 from typing import Literal
 
 from pyvirtio.backends.net import NetBackend
-from pyvirtio.testing.net import Header
-from pyvirtio.testing.queue import HANG
+from pyvirtio.devices.net import Net
+from pyvirtio.testing import Guest, VirtioDriver
+from pyvirtio.testing.net import Header, Nic
+from pyvirtio.testing.queue import HANG, Driver
 
 
 class Wire(NetBackend):
@@ -58,3 +60,19 @@ class Wire(NetBackend):
             os.close(fd)
         for peer in self.peers:
             peer.close()
+
+
+def plug(guest: Guest, netdev: NetBackend, *, features: int = ~0, **properties: object) -> Nic:
+    driver = guest.plug(Net(netdev, **properties), features=features)  # type: ignore[arg-type]
+    return Nic(driver, driver.features)
+
+
+def counters(nic: Nic) -> dict[str, int]:
+    """What the device has counted, without what is zero."""
+    return {name: count for name, count in device_of(nic.driver).plane.counters.items() if count}
+
+
+def device_of(driver: Driver) -> Net:
+    assert isinstance(driver, VirtioDriver)
+    assert isinstance(driver.function.device, Net)
+    return driver.function.device

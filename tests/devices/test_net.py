@@ -1,20 +1,18 @@
 """A network device between its driver and a wire: features, configuration, frames in both directions."""
 
-import os
 import struct
-from pathlib import Path
 
 import pytest
-from wire import Wire
+from wire import Wire, counters, device_of, plug
 
 from pyvirtio.backends.net import NetBackend, Pair
 from pyvirtio.dataplane import IoThread
 from pyvirtio.devices.net import Net, stable_mac
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import Feature, NetFeature
-from pyvirtio.testing import Guest, VirtioDriver
+from pyvirtio.testing import Guest
 from pyvirtio.testing.net import DATA_VALID, ECN, NEEDS_CSUM, TCPV4, TCPV6, UDP_L4, Header, Nic, frame
-from pyvirtio.testing.queue import Driver, Queue
+from pyvirtio.testing.queue import Queue
 
 OFFLOADS = (
     NetFeature.CSUM
@@ -30,32 +28,6 @@ OFFLOADS = (
     | NetFeature.GUEST_USO6
 )
 MTU = 1500
-
-
-class Collector(NetBackend):
-    """A network in Python that keeps what the guest sends."""
-
-    def __init__(self) -> None:
-        self.sent: list[bytes] = []
-
-    def send(self, frame: bytes) -> None:
-        self.sent.append(frame)
-
-
-def plug(guest: Guest, netdev: NetBackend, *, features: int = ~0, **properties: object) -> Nic:
-    driver = guest.plug(Net(netdev, **properties), features=features)  # type: ignore[arg-type]
-    return Nic(driver, driver.features)
-
-
-def counters(nic: Nic) -> dict[str, int]:
-    """What the device has counted, without what is zero."""
-    return {name: count for name, count in device_of(nic.driver).plane.counters.items() if count}
-
-
-def device_of(driver: Driver) -> Net:
-    assert isinstance(driver, VirtioDriver)
-    assert isinstance(driver.function.device, Net)
-    return driver.function.device
 
 
 def test_a_frame_goes_out_as_it_is(guest: Guest) -> None:
@@ -286,70 +258,6 @@ def test_the_link_goes_down_and_up(guest: Guest) -> None:
     assert counters(nic)["tx_dropped_link"] == 1
 
 
-def test_a_network_in_python_gets_frames_and_injects_them(guest: Guest) -> None:
-    network = Collector()
-    nic = plug(guest, network)
-    nic.send(frame(24, 99)).wait()
-    assert network.sent == [frame(24, 99)]
-    nic.post(count=2)
-    assert network.inject([frame(25), frame(26)]) == 2
-    assert [nic.receive().frame for _ in range(2)] == [frame(25), frame(26)]
-
-
-def test_injected_frames_wait_for_buffers_up_to_a_limit(guest: Guest) -> None:
-    network = Collector()
-    nic = plug(guest, network)
-    frames = [frame(number) for number in range(1100)]
-    assert network.inject(frames) == 1024
-    assert counters(nic) == {"rx_dropped_overflow": 76}
-    for number in range(1024):
-        nic.post()
-        assert nic.receive().frame == frame(number)
-    nic.post()
-    assert network.inject([frame(2000)]) == 1
-
-
-def test_injected_frames_are_dropped_while_no_driver_is_there(guest: Guest) -> None:
-    network = Collector()
-    driver = guest.plug(Net(network))
-    assert network.inject([frame(1)] * 3) == 3
-    driver.reset()
-    assert network.inject([frame(1)]) == 0
-    dropped = device_of(driver).plane.counters
-    assert (dropped["rx_dropped_reset"], dropped["rx_dropped_overflow"]) == (3, 1)
-
-
-def test_a_host_error_of_a_python_network_drops_the_frame(guest: Guest) -> None:
-    class Failing(NetBackend):
-        """Cannot reach anybody."""
-
-        def send(self, frame: bytes) -> None:
-            raise OSError("no route")
-
-    nic = plug(guest, Failing())
-    nic.send(frame(27)).wait()
-    assert counters(nic) == {"tx_dropped_error": 1}
-
-
-def test_a_defect_of_a_python_network_breaks_the_device_and_nothing_else(
-    guest: Guest, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Defective(NetBackend):
-        """Does not work."""
-
-        def send(self, frame: bytes) -> None:
-            raise RuntimeError("not implemented")
-
-    driver = guest.plug(Net(Defective()))
-    Nic(driver, driver.features).send(frame(28))
-    assert "the backend raised" in driver.wait_needs_reset()
-    assert "not implemented" in (driver.why_broken or "")
-    assert "exception in a network backend" in caplog.text
-    driver.start()
-    network = guest.plug(Net(Collector()))
-    Nic(network, network.features).send(frame(29)).wait()
-
-
 def test_nobody_is_on_a_network_that_is_none(guest: Guest) -> None:
     nic = plug(guest, NetBackend())
     nic.send(frame(30)).wait()
@@ -364,54 +272,6 @@ def test_two_devices_on_a_pair_talk_to_each_other(guest: Guest) -> None:
         received = receiver.receive()
         assert received.frame == frame(31, 1000)
         assert (received.header.flags, received.header.csum_start) == (NEEDS_CSUM, 34)
-
-
-def test_frames_of_both_directions_are_captured(guest: Guest, tmp_path: Path) -> None:
-    wire = Wire()
-    path = tmp_path / "frames.pcap"
-    with path.open("wb") as file:
-        wire.pcap = file.fileno()
-        nic = plug(guest, wire)
-    nic.send(frame(32, 100)).wait()
-    nic.post(512, 4)
-    wire.put(frame(33, 1300))
-    nic.receive()
-    assert read_capture(path) == [frame(32, 100), frame(33, 1300)]
-
-
-def test_a_capture_that_cannot_be_written_does_not_stop_the_traffic(guest: Guest) -> None:
-    network = Collector()
-    reading, network.pcap = os.pipe()
-    nic = plug(guest, network)
-    os.close(reading)
-    os.close(network.pcap)
-    for number in range(2):
-        nic.send(frame(number)).wait()
-    assert network.sent == [frame(0), frame(1)]
-    assert counters(nic)["pcap_missed"] == 2
-
-
-def test_a_capture_that_cannot_begin_is_an_error() -> None:
-    network = NetBackend()
-    with open("/dev/full", "wb", buffering=0) as full:
-        network.pcap = full.fileno()
-        with pytest.raises(OSError, match="No space left"):
-            Net(network)
-
-
-def read_capture(path: Path) -> list[bytes]:
-    """The frames of a pcap file of Ethernet."""
-    data = path.read_bytes()
-    magic, major, minor, _, _, _, link = struct.unpack("<IHHIIII", data[:24])
-    assert (magic, major, minor, link) == (0xA1B2C3D4, 2, 4, 1)
-    frames, at = [], 24
-    while at < len(data):
-        _, micros, captured, length = struct.unpack("<IIII", data[at : at + 16])
-        assert captured == length
-        assert micros < 1_000_000
-        frames.append(data[at + 16 : at + 16 + captured])
-        at += 16 + captured
-    return frames
 
 
 def test_offloads_are_told_to_the_network(guest: Guest) -> None:

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Sequence
 
 import pytest
-from wire import Wire
+from wire import Wire, counters
 
 from pyvirtio.devices.net import Net
 from pyvirtio.spec import Feature, NetFeature
@@ -146,9 +146,7 @@ def test_without_the_feature_all_vlans_pass(guest: Guest) -> None:
 def test_what_was_filtered_is_counted(guest: Guest) -> None:
     station = Station(guest)
     station.hears_to(OTHER, GROUP)
-    device = station.driver.function.device
-    assert isinstance(device, Net)
-    assert device.plane.counters["rx_dropped_filter"] == 2
+    assert counters(station.nic)["rx_dropped_filter"] == 2
 
 
 def test_a_reset_forgets_the_filter(guest: Guest) -> None:
@@ -173,6 +171,23 @@ def test_frames_are_received_on_the_queue_pairs_in_use(guest: Guest) -> None:
     station.wire.put(frame(4), pair=0)
     assert station.nic.receive().frame == frame(4)
     assert station.wire.active == [1, 2, 1]
+
+
+def test_multiqueue_without_a_control_queue_is_all_queue_pairs(guest: Guest) -> None:
+    """As a vhost-user front-end does, which answers the control queue itself."""
+    features = ~(NetFeature.CTRL_VQ | NetFeature.CTRL_RX | NetFeature.CTRL_VLAN)
+    station = Station(guest, pairs=2, features=features, filtering=False)
+    assert station.wire.active == [2]
+    (queue,) = [queue for queue in station.driver.queues if queue.name == "receiveq1"]
+    buffer = queue.add(writable=2048)
+    queue.kick()
+    station.wire.put(frame(1), pair=1)
+    assert buffer.wait()[12:] == frame(1)
+
+
+def test_a_driver_with_neither_uses_one_queue_pair(guest: Guest) -> None:
+    features = ~(NetFeature.MQ | NetFeature.CTRL_VQ | NetFeature.CTRL_RX | NetFeature.CTRL_VLAN)
+    assert Station(guest, pairs=2, features=features, filtering=False).wire.active == [1]
 
 
 def test_offloads_are_switched_off_and_on(guest: Guest) -> None:

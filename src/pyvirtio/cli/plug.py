@@ -151,7 +151,7 @@ def _description(function: VirtioPci) -> dict[str, Any]:
         "queues": {vq.name: vq.max_size for vq in dataplane.queues},
         "vectors": function.msix.count if function.msix else 0,
         "ioeventfd": function.ioeventfd,
-        "iothread": dataplane.iothread.name,
+        "iothread": ", ".join(dict.fromkeys(iothread.name for iothread in dataplane.iothreads)),
         "backend": _backend_text(function.device),
         "bars": [_bar_description(function, bar) for bar in function.bars],
     }

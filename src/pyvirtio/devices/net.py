@@ -173,8 +173,10 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
         self._agreed = NetFeature(features)
         self._lend()
         self.netdev.set_offload(self._agreed & TO_DRIVER)
-        self.netdev.set_queue_pairs(1)
         self.plane.open(features, [self.loops[2 * pair] for pair in range(self.pairs)])
+        # A vhost-user front-end answers the control queue itself, and enables the queues one by one.
+        front_end = NetFeature.MQ in self._agreed and NetFeature.CTRL_VQ not in self._agreed
+        self.set_queue_pairs(self.pairs if front_end else 1)
         self.control.reset()
         restored, self._restored = self._restored, None
         if restored is not None:

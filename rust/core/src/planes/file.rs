@@ -135,7 +135,8 @@ fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+/// The result of a system call that was not interrupted.
+pub(super) fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
         match usize::try_from(call()) {
             Ok(n) => return Ok(n),

@@ -50,8 +50,12 @@ impl Line {
 
     /// The driver is gone: wait for nothing, and hold nothing of its queue.
     pub fn close(&self) {
-        let state = std::mem::take(&mut *self.state());
+        let mut state = self.state();
+        // It counts on: a call of the old watcher that is still under way must not take the new watch for its own.
+        let passes = state.passes + 1;
+        let closed = std::mem::replace(&mut *state, State { passes, ..State::default() });
         drop(state);
+        drop(closed);
     }
 
     /// Where the handler stands at the end of a pass: it waits for the fd, or for a kick.

@@ -7,6 +7,7 @@ use super::counters::Reason;
 use super::header::{Header, HEADER};
 use super::segments::segment;
 use crate::chain::Segment;
+use crate::planes::file::retry;
 use crate::sync::duplicate;
 
 /// Why a frame did not go through.
@@ -147,18 +148,4 @@ fn read_behind(fd: &OwnedFd, header: &mut [u8; HEADER], into: &[Segment]) -> io:
     all.push(segment(header));
     all.extend_from_slice(into);
     read(fd, &all)
-}
-
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
-    loop {
-        match usize::try_from(call()) {
-            Ok(n) => return Ok(n),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
 }
