@@ -3,9 +3,11 @@
 import os
 import resource
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -190,15 +192,39 @@ class Observer(BlockBackend):
     ring: SplitRing
 
 
-def test_the_driver_may_go_on_before_a_large_batch_is_done() -> None:
-    backend, memory = Observer(), GuestMemory.allocate([(0, 1 << 20)])
+Kind = TypeVar("Kind", bound=Observer)
+
+
+def observed(backend: Kind, requests: int) -> Kind:
+    """A backend that was asked to read so often, in one batch."""
+    memory = GuestMemory.allocate([(0, 1 << 20)])
     vq = VirtQueue(DeviceState("blk0", print), "requestq", 0, 1024)
     backend.ring = ring = SplitRing(memory, 1024, 0x10000, 0x20000, 0x30000)
     vq.start(memory, BlkPlane(backend, capacity=CAPACITY), size=1024, desc=0x10000, avail=0x20000, used=0x30000)
     memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
-    for _ in range(150):
+    for _ in range(requests):
         ring.add([Desc(HEADER, 16), Desc(DATA, 512, WRITE), Desc(STATUS, 1, WRITE)])
     ring.publish()
     vq.service()
-    assert backend.known == [0] * 64 + [64] * 64 + [128] * 22
-    assert ring.used_idx == 150
+    assert ring.used_idx == requests
+    return backend
+
+
+def test_the_driver_may_go_on_before_a_large_batch_is_done() -> None:
+    known = observed(Observer(), requests=150).known
+    assert known == sorted(known)
+    assert max(index - done for index, done in enumerate(known)) < 64
+
+
+class Slowing(Observer):
+    """Quick at first, then not any more."""
+
+    def preadv(self, buffers: list[memoryview], offset: int) -> None:
+        super().preadv(buffers, offset)
+        if len(self.known) > 40:
+            time.sleep(0.002)
+
+
+def test_a_request_that_took_long_does_not_wait_for_its_batch() -> None:
+    backend = observed(Slowing(), requests=60)
+    assert backend.known[58:] == [58, 59]

@@ -261,6 +261,11 @@ impl Chain {
         pieces
     }
 
+    /// Pass over the next `limit` writable bytes.
+    pub fn skip_writable(&mut self, limit: usize) {
+        self.writer.advance(self.segments.writable(), limit, |_, _| ());
+    }
+
     /// Pass over the next `limit` writable bytes and return where they lie, to be written in place.
     ///
     /// They do not count as written until `wrote` says so. Lifetime as in `take_readable`.
