@@ -3,44 +3,24 @@
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from own_network import ip, own_network
+from tapped import tapped
 
-from pyvirtio.backends.tap import Tap
-from pyvirtio.devices.net import Net
 from pyvirtio.spec import NetFeature
-from pyvirtio.testing import Guest
 from pyvirtio.testing.driver import Interface
-from pyvirtio.testing.net import NEEDS_CSUM, OK, Header, Nic, frame
+from pyvirtio.testing.net import NEEDS_CSUM, OK, Header, frame
 from pyvirtio.testing.queue import HANG
 
-ETHERTYPE = 0x88B5
 MQ_CLASS, VQ_PAIRS_SET = 4, 0
-
-
-@contextmanager
-def machine(
-    *, ioeventfd: bool = True, queues: int = 1, transport: Interface = "modern"
-) -> Iterator[tuple[Nic, socket.socket]]:
-    """A driver of a device on a tap of its own, and the host's end."""
-    with Guest(ioeventfd=ioeventfd) as guest:
-        driver = guest.plug(Net(Tap(ifname="tap7", queues=queues)), transport=transport)
-        ip("link set tap7 addrgenmode none")  # or IPv6 has something to say
-        ip("link set tap7 up")
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE)) as host:
-            host.bind(("tap7", ETHERTYPE))
-            host.settimeout(HANG)
-            yield Nic(driver, driver.features), host
 
 
 @pytest.mark.parametrize("transport", ["modern", "legacy"])
 @pytest.mark.parametrize("ioeventfd", [False, True])
 @own_network
 def test_frames_go_both_ways(ioeventfd: bool, transport: Interface) -> None:
-    with machine(ioeventfd=ioeventfd, transport=transport) as (nic, host):
+    with tapped(ioeventfd=ioeventfd, transport=transport) as (nic, host):
         for number in range(200):
             length = 60 + number * 7
             nic.send(frame(number, length)).wait()
@@ -53,7 +33,7 @@ def test_frames_go_both_ways(ioeventfd: bool, transport: Interface) -> None:
 @own_network
 def test_frames_wait_for_buffers() -> None:
     """The interface keeps them meanwhile, as far as its queue is long."""
-    with machine() as (nic, host):
+    with tapped() as (nic, host):
         for number in range(100):
             host.send(frame(number))
         nic.post(count=100)
@@ -62,7 +42,7 @@ def test_frames_wait_for_buffers() -> None:
 
 @own_network
 def test_the_driver_uses_as_many_queue_pairs_as_it_asks_for() -> None:
-    with machine(queues=4) as (nic, host):
+    with tapped(queues=4) as (nic, host):
         assert len(nic.rx) == 4
         for count in (1, 4, 2):
             assert nic.command(MQ_CLASS, VQ_PAIRS_SET, struct.pack("<H", count)) == OK
@@ -82,7 +62,7 @@ def test_the_driver_uses_as_many_queue_pairs_as_it_asks_for() -> None:
 @own_network
 def test_the_host_completes_a_checksum() -> None:
     """A UDP datagram without one reaches a socket of the host, which refuses wrong ones."""
-    with machine() as (nic, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+    with tapped() as (nic, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
         assert nic.driver.features & NetFeature.CSUM
         ip("addr add 198.51.100.1/24 dev tap7")
         host.bind(("198.51.100.1", 4000))

@@ -58,6 +58,8 @@ class Tap(NetBackend):
 
     framing = "tap"
     vnet_header = True
+    attached: int
+    """Queues that the host may send on."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Tap(NetBackend):
             self._open(queues)
             self.mtu = self._unusual_mtu()
             self.uso = self._offers(TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6)
-            self._attached = queues
+            self.attached = queues
             if vhost or vhostforce:
                 self.vhost_fds = self._open_vhost(force=vhostforce)
             undo.pop_all()
@@ -92,10 +94,10 @@ class Tap(NetBackend):
 
     def set_queue_pairs(self, count: int) -> None:
         """The host spreads its frames over the queues that are attached."""
-        for pair in range(min(count, self._attached), max(count, self._attached)):
+        for pair in range(min(count, self.attached), max(count, self.attached)):
             change = IFF_ATTACH_QUEUE if pair < count else IFF_DETACH_QUEUE
             fcntl.ioctl(self.fds[pair], TUNSETQUEUE, IFREQ.pack(b"", change))
-        self._attached = count
+        self.attached = count
 
     def close(self) -> None:
         fds, self.fds, self.vhost_fds = [*self.fds, *self.vhost_fds], [], []
