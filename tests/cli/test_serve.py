@@ -17,6 +17,7 @@ from serving import Start, programs
 from pyvirtio.cli.front_ends import QEMU_NAMESPACE
 from pyvirtio.cli.main import main
 from pyvirtio.devices import DEVICES
+from pyvirtio.devices.console import ConsoleFeature
 from pyvirtio.serve.wire import Request
 from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.plugin import nothing_left_behind
@@ -59,6 +60,9 @@ REFUSED = {
     "blk --blk-file nowhere.img --socket-path s": "nowhere.img: No such file or directory",
     "blk --blk-file other.qcow2 --socket-path s": "other.qcow2: a qcow2 image, and only raw ones are served",
     "blk --blk-file . --socket-path s": ".: a directory, not a disk image",
+    "console --socket-path s": "console0: a console needs a chardev=, or ports=",
+    "console,chardev=c0 --socket-path s": "chardev=c0 is not the id of a --chardev",
+    "console,chardev=c0 --chardev socket,id=c0,path=nowhere --socket-path s": "c0: nowhere: No such file or directory",
     "rng --socket-path s --iothreads 0": "argument --iothreads: '0' is not allowed: 1 to 256",
     "rng --socket-path s --poll-max-ns often": "poll-max-ns=often is not allowed",
     "rng --socket-path s --sandbox maybe": "argument --sandbox: invalid choice: 'maybe'",
@@ -195,6 +199,27 @@ def test_a_signal_ends_it_and_removes_the_socket(start: Start, here: Path, numbe
         assert process.wait(30) == 0
         vm.wait_hangup()
     assert not (here / "s").exists()
+
+
+@pytest.mark.parametrize("sandbox", ["on", "off"])
+def test_a_console_that_others_connect_to(start: Start, here: Path, sandbox: str) -> None:
+    """The sandbox lets a peer come, and go, and another one come."""
+    chardev = ("--chardev", "socket,id=c0,path=console,server=on")
+    start("console,chardev=c0", *chardev, "--socket-path", "s", "--sandbox", sandbox)
+    with FrontEnd(here / "s") as vm:
+        vm.start(["receiveq0", "transmitq0"], features=~ConsoleFeature.MULTIPORT, size=8)
+        for text in (b"first", b"second"):
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.settimeout(30)
+                peer.connect(str(here / "console"))
+                peer.send(text)
+                buffer = vm.receiveq0.add(writable=16)
+                vm.receiveq0.kick()
+                assert buffer.wait() == text
+                sent = vm.transmitq0.add(text.upper())
+                vm.transmitq0.kick()
+                assert peer.recv(16) == text.upper()
+                assert sent.wait() == b""
 
 
 def test_a_read_only_image_is_not_written(start: Start, here: Path) -> None:
