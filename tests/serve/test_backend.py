@@ -1,5 +1,6 @@
 """What becomes of a served device: its configuration, its memory, and who may start it over."""
 
+import os
 import socket
 import struct
 import threading
@@ -110,6 +111,24 @@ def test_stopping_a_ring_waits_for_what_the_device_holds(serve: Serve) -> None:
         knob.kept[0].complete()
         assert wire.VRING_STATE.unpack(vm.reply()) == (0, 1)
         assert buffer.wait() == b"late"
+
+
+def test_a_new_kick_fd_disturbs_nothing_that_is_in_flight(serve: Serve) -> None:
+    knob = Knob()
+    with FrontEnd(serve(knob)) as vm:
+        vm.start()
+        buffers = []
+        for count in (1, 2, 3):
+            old, vm.kicks[0] = vm.kicks[0], os.eventfd(0, os.EFD_NONBLOCK)
+            vm.acked(Request.SET_VRING_KICK, wire.U64.pack(0), vm.kicks)
+            os.close(old)
+            buffers.append(vm.requestq.add(writable=4))
+            vm.requestq.kick()
+            wait_for(lambda held=count: len(knob.kept) == held)  # type: ignore[misc]
+        for chain in knob.kept:
+            chain.write(b"done")
+            chain.complete()
+        assert [buffer.wait() for buffer in buffers] == [b"done"] * 3
 
 
 def test_memory_comes_and_goes_while_a_ring_runs(serve: Serve) -> None:

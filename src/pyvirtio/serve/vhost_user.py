@@ -256,9 +256,9 @@ class Session(Sharing):
     @handles(Request.SET_VRING_KICK, fds=range(2))
     def _set_vring_kick(self, message: Message) -> None:
         index, fd = self._index_and_fd(message)
-        vring = self._stopped(message, index)
-        vring.set_kick(fd)
+        vring = self._vring(message, index)
         message.fds.clear()
+        vring.set_kick(fd)
         self.backend.settle()
 
     @handles(Request.SET_VRING_CALL, fds=range(2))

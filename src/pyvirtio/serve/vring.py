@@ -9,6 +9,7 @@ from pyvirtio._core import CallFd, DirtyLog, GuestMemory, InflightRegion, VirtQu
 from pyvirtio.dataplane import IoThread, QueueSetup, start_ring
 from pyvirtio.device import Handler
 from pyvirtio.errors import ProtocolError
+from pyvirtio.notifiers import Undo
 from pyvirtio.serve.memory import MemoryTable
 from pyvirtio.spec import WRAP_COUNTER, Feature
 
@@ -44,6 +45,8 @@ class Vring:
         self.polled = False
         """The front-end sends no kicks: the ring is looked at all the time."""
         self._kick: int | None = None
+        self._watch: Undo | None = None
+        """Ends the watch over the kick fd."""
         self._polling: ExitStack | None = None
 
     @property
@@ -56,17 +59,36 @@ class Vring:
         return self.enabled and self.addresses is not None and (self.polled or self._kick is not None)
 
     def set_kick(self, fd: int | None) -> None:
-        """From now on kicks come through `fd`, which is the vring's now; None means that they do not come at all."""
+        """From now on kicks come through `fd`, which is the vring's now; None means that they do not come at all.
+
+        A ring that runs goes on, with what is in flight.
+        """
         self.close_kick()
         self._kick = fd
         self.polled = fd is None
+        if self.running:
+            self._watch_kick()
+            self.vq.signal()  # for a kick that neither of the two has brought
 
     def close_kick(self) -> None:
-        """The ring must have been stopped."""
+        """Kicks no longer come from where they came."""
         self.polled = False
+        self._leave_kick()
         if self._kick is not None:
             os.close(self._kick)
             self._kick = None
+
+    def _watch_kick(self) -> None:
+        try:
+            if self._kick is not None:
+                self._watch = self.iothread.poll_kick(self.vq, self._kick)
+        except OSError as error:
+            raise ProtocolError(f"{self.vq.name}: kick fd: {error.strerror}") from error
+
+    def _leave_kick(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch()
 
     def set_call(self, fd: int | None) -> None:
         """From now on the driver is interrupted through `fd`, which is duplicated."""
@@ -101,12 +123,12 @@ class Vring:
                 self.vq.attach()
                 undo.callback(self.vq.detach)
                 undo.callback(self.iothread.poll(self.vq))
-                if self._kick is not None:
-                    undo.callback(self.iothread.poll_kick(self.vq, self._kick))
+                undo.callback(self._leave_kick)
+                self._watch_kick()
                 self._polling = undo.pop_all()
-        except OSError as error:
+        except ProtocolError:
             self.vq.stop()
-            raise ProtocolError(f"{self.vq.name}: kick fd: {error.strerror}") from error
+            raise
 
     def _position(self, memory: GuestMemory, used: int) -> tuple[int, int] | None:
         """The next avail and used indexes; None for those of a fresh ring."""
