@@ -125,3 +125,50 @@ def test_a_pause_takes_the_notifiers_down_and_loses_no_kick(boot: Boot) -> None:
 
 def test_a_driver_that_polls_gets_no_interrupts(boot: Boot) -> None:
     assert boot.sync["interrupts"] == boot.ioeventfd["interrupts"] == 0
+
+
+class SnapshotAtHalf:
+    """A port: whoever writes to it is written to a file, and ends."""
+
+    ports = (SWITCH_PORT,)
+
+    def __init__(self, machine: Machine, path: Path) -> None:
+        self.machine, self.path = machine, path
+
+    def read(self, port: int, size: int) -> int:
+        return 0xFF
+
+    def write(self, port: int, size: int, value: int) -> None:
+        threading.Thread(target=self._take).start()  # a CPU cannot wait for itself
+
+    def _take(self) -> None:
+        self.machine.pause()
+        self.machine.snapshot(self.path)
+        self.machine.quit()
+
+
+def make(image: Path, console: int) -> Machine:
+    machine = Machine(Firmware.read(SEABIOS), memory=64 * MIB, console_fd=console)
+    machine.add(Blk(File(image)), "blk0", ioeventfd=False, disable_legacy=True)
+    return machine
+
+
+def test_the_other_half_is_read_after_a_snapshot(tmp_path: Path) -> None:
+    """By another machine, which goes on with ioeventfd although it was told otherwise."""
+    image, snapshot = tmp_path / "disk.img", tmp_path / "half"
+    image.write_bytes(bootdisk.image(2 * HALF, leave=POWER_OFF, halfway=out(SWITCH_PORT, 1)))
+    read, write = os.pipe()
+    with make(image, write) as first:
+        first.devices[0].ioeventfd = True
+        first.add_chip(SnapshotAtHalf(first, snapshot))
+        assert run_guarded(first) is Outcome.QUIT
+        chains = first.devices[0].dataplane.queues[0].counters["chains"]
+        assert HALF <= chains < 2 * HALF
+    with make(image, write) as second:
+        second.restore(snapshot)
+        assert run_guarded(second) is Outcome.POWEROFF
+        assert second.devices[0].ioeventfd
+        assert second.devices[0].dataplane.queues[0].counters["chains"] == 2 * HALF + 1 - chains
+    os.close(write)
+    with os.fdopen(read, "rb") as console:
+        assert console.read() == bootdisk.answer(2 * HALF)
