@@ -76,7 +76,7 @@ def test_the_address_is_the_one_it_had(guest: Guest) -> None:
 def test_a_cable_that_was_out_is_out(guest: Guest) -> None:
     wire, nic = card(guest)
     nic.driver.function.device.set_link(False)
-    nic.post()
+    nic.post(count=2)
     wire = go_on(nic)
     wire.put(frame(1))
     nic.send(frame(2)).wait()
@@ -84,7 +84,8 @@ def test_a_cable_that_was_out_is_out(guest: Guest) -> None:
     assert device.plane.counters["tx_dropped_link"] == 1
     device.set_link(True)
     wire.put(frame(3))
-    assert nic.receive().frame == frame(3)
+    while (received := nic.receive().frame) != frame(3):
+        assert received == frame(1), "nobody had looked at it while the cable was out"
 
 
 def test_a_driver_that_starts_anew_starts_from_nothing(guest: Guest) -> None:

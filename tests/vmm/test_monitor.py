@@ -7,8 +7,10 @@ import pytest
 
 from pyvirtio.accel.inproc import InProcess
 from pyvirtio.backends.block import Memory
+from pyvirtio.backends.net import NetBackend
 from pyvirtio.devices.balloon import Balloon
 from pyvirtio.devices.blk import Blk
+from pyvirtio.devices.net import Net
 from pyvirtio.devices.rng import Rng
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import Status
@@ -94,8 +96,8 @@ def test_set_changes_the_busy_wait_of_an_iothread(monitor: Monitor, board: Paper
     [
         ("nonsense", f"unknown command 'nonsense'; known are: {KNOWN}"),
         ("quit now", f"unknown command 'quit'; known are: {KNOWN}"),
-        ("info", "info: known are: devices, queues, faults, balloon"),
-        ("info weather", "info: known are: devices, queues, faults, balloon"),
+        ("info", "info: known are: devices, queues, network, faults, balloon"),
+        ("info weather", "info: known are: devices, queues, network, faults, balloon"),
         ("set", "set: write for example: set blk0.ioeventfd off"),
         ("set blk9.ioeventfd off", "set blk9.ioeventfd: no such device or I/O thread; there are: " + THINGS),
         ("set ioeventfd off", "set ioeventfd: no such device or I/O thread; there are: " + THINGS),
@@ -182,3 +184,14 @@ def test_the_balloon(monitor: Monitor, board: Paper) -> None:
 def test_a_disk_is_given_another_size(monitor: Monitor, board: Paper) -> None:
     assert monitor.execute("block_resize blk0 2M") == ""
     assert board.devices[0].device.config.capacity == 4096
+
+
+def test_info_network(monitor: Monitor, board: Paper) -> None:
+    net = Net(NetBackend(), mac="52:54:00:12:34:56")
+    board.add(net, "net0")
+    net.plane.inject([bytes(60)] * 3)
+    head, row = table(monitor.execute("info network"))
+    assert head == ["device", "address", "link", "sent", "bytes", "received", "bytes", "dropped"]
+    assert row == ["net0", "52:54:00:12:34:56", "up", "0", "0", "0", "0", "3", "rx_overflow"]
+    assert monitor.execute("set_link net0 off") == ""
+    assert table(monitor.execute("info network"))[1][2] == "down"

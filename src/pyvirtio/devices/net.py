@@ -144,6 +144,10 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
     def mac(self, mac: bytes) -> None:
         self.config.mac[:] = mac
 
+    @property
+    def link_up(self) -> bool:
+        return bool(self.config.status & LINK_UP)
+
     def set_link(self, up: bool) -> None:
         """Plug the cable in, or pull it out: no frame passes while it is out, and the driver is told."""
         self.plane.set_link(up)
@@ -192,7 +196,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self._restored = state["control"]
-        self.plane.set_link(bool(self.config.status & LINK_UP))
+        self.plane.set_link(self.link_up)
 
     def set_queue_pairs(self, count: int) -> None:
         """The driver uses the first `count` pairs from now on."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pyvirtio.devices.balloon import PAGE, Balloon
 from pyvirtio.devices.blk import Blk
+from pyvirtio.devices.net import Net
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import parse_size
 from pyvirtio.vmm.layout import MIB
@@ -22,6 +23,7 @@ PROMPT = "(pyvirtio) "
 HELP = """\
 info devices                    the devices, their slots and what their drivers did
 info queues                     per queue: size, how its kicks travel, counters
+info network                    network devices: link, frames in both directions, why frames were dropped
 info faults                     what goes wrong on purpose, and how often it did
 info balloon                    how much memory the guest has, and what it says of it
 set DEVICE.ioeventfd on|off     e.g. set blk0.ioeventfd off
@@ -108,6 +110,7 @@ class Monitor:
         tables = {
             "devices": self.info_devices,
             "queues": self.info_queues,
+            "network": self.info_network,
             "faults": self.info_faults,
             "balloon": self.info_balloon,
         }
@@ -140,6 +143,17 @@ class Monitor:
                 numbers = (str(counters[name]) for name in COUNTERS)
                 mode = device.dataplane.notifiers.mode(vq.index)
                 rows.append((f"{device.name}.{vq.name}", str(vq.size or "-"), *numbers, mode))
+        return format_table(rows)
+
+    def info_network(self) -> str:
+        rows: list[Sequence[str]] = [("device", "address", "link", "sent", "bytes", "received", "bytes", "dropped")]
+        for device in self.machine.devices:
+            if isinstance(net := device.device, Net):
+                counters = net.plane.counters
+                passed = (str(counters[name]) for name in ("tx_frames", "tx_bytes", "rx_frames", "rx_bytes"))
+                rows.append(
+                    (device.name, net.mac.hex(":"), "up" if net.link_up else "down", *passed, dropped(counters))
+                )
         return format_table(rows)
 
     def info_faults(self) -> str:
@@ -247,6 +261,14 @@ class Monitor:
 
 def unknown(command: str) -> str:
     return f"unknown command {command!r}; known are: {', '.join(KNOWN)}\n"
+
+
+def dropped(counters: Mapping[str, int]) -> str:
+    """How many frames were dropped for each reason, as "2 rx_length"."""
+    found = [
+        f"{count} {name.replace('_dropped', '')}" for name, count in counters.items() if "_dropped" in name and count
+    ]
+    return ", ".join(found) or "-"
 
 
 def status_text(device: VirtioPci) -> str:
