@@ -45,7 +45,7 @@ class Chain:
         elif self.writable:
             self.fault("2.7.4.2", "a device-readable descriptor behind a device-writable one")
         self.total += desc.length
-        if desc.length and not _in_ram(memory, desc.address, desc.length):
+        if desc.length and not in_ram(memory, desc.address, desc.length):
             self.fault("2.7.5", f"{desc.length} bytes at {desc.address:#x} are not all RAM")
 
 
@@ -69,7 +69,7 @@ def _walk_table(chain: Chain, memory: GuestMemory, desc: Desc, size: int) -> Non
     entries = desc.length // DESC.size
     if desc.flags & NEXT:
         chain.fault("2.7.5.3.1", "a descriptor with both INDIRECT and NEXT")
-    if not entries or desc.length % DESC.size or not _in_ram(memory, desc.address, desc.length):
+    if not entries or desc.length % DESC.size or not in_ram(memory, desc.address, desc.length):
         chain.fault("2.7.5.3", f"an indirect table of {desc.length} bytes at {desc.address:#x}")
         return
     if entries > size:
@@ -95,7 +95,7 @@ def _linked(chain: Chain, memory: GuestMemory, table: int, size: int, index: int
     chain.fault("2.7.5.2", "a loop of descriptors")
 
 
-def _in_ram(memory: GuestMemory, address: int, length: int) -> bool:
+def in_ram(memory: GuestMemory, address: int, length: int) -> bool:
     """Whether it all is RAM: also across the border of two regions."""
     while length:
         region = next((r for r in memory.regions if r[0] <= address < r[0] + r[1]), None)

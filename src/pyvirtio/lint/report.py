@@ -2,9 +2,12 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 Who = Literal["driver", "device"]
+Say = Callable[[Who, str, str], object]
+"""How a part of the lint reports what it has found: who, section, text."""
 MOST = 1000
 """Different violations that are kept; a driver that writes nonsense makes a new one each time."""
 
