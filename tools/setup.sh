@@ -44,9 +44,9 @@ kernel_package() {
     if [ "$(distribution)" = debian ]; then echo linux-image-cloud-amd64; else echo linux-image-virtual; fi
 }
 
-# Not every release has it.
-uml_package() {
-    if apt-cache show user-mode-linux >/dev/null 2>&1; then echo user-mode-linux; fi
+# Not every release has every package.
+if_there_is() {
+    if apt-cache show "$1" >/dev/null 2>&1; then echo "$1"; fi
 }
 
 missing_packages() {
@@ -55,7 +55,8 @@ missing_packages() {
     has_any /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/lib/virtiofsd || virtiofsd_package
     has_any /usr/share/seabios/bios-256k.bin || echo seabios
     has_kernel || kernel_package
-    command -v linux.uml >/dev/null || uml_package
+    command -v linux.uml >/dev/null || if_there_is user-mode-linux
+    command -v dpdk-testpmd >/dev/null || if_there_is dpdk-dev
     has_static_busybox || echo busybox-static
     command -v nbdkit >/dev/null || echo nbdkit nbdkit-plugin-python
     command -v qemu-nbd >/dev/null || echo qemu-utils
