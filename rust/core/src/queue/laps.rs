@@ -87,7 +87,8 @@ impl<C: PackedCells> Laps<C> {
     }
 
     pub fn index(&self, place: Place) -> u16 {
-        (place % self.size()) as u16
+        // No division in these: they run for each descriptor.
+        (if self.wrap(place) { place } else { place - self.size() }) as u16
     }
 
     /// The wrap counter there.
@@ -95,12 +96,22 @@ impl<C: PackedCells> Laps<C> {
         place < self.size()
     }
 
+    /// `n` descriptors on, at most a lap.
     pub fn after(&self, place: Place, n: u16) -> Place {
-        (place + u32::from(n)) % (2 * self.size())
+        let (next, both) = (place + u32::from(n), 2 * self.size());
+        if next < both {
+            next
+        } else {
+            next - both
+        }
     }
 
     fn distance(&self, from: Place, to: Place) -> u32 {
-        (to + 2 * self.size() - from) % (2 * self.size())
+        if to >= from {
+            to - from
+        } else {
+            to + 2 * self.size() - from
+        }
     }
 
     /// Index and wrap counter as the specification writes them down: the counter is bit 15.
