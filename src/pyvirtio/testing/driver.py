@@ -199,8 +199,8 @@ class VirtioDriver:
 
     def take_interrupts(self, only: Interrupts | None = None) -> bool:
         """Handle the interrupts that have arrived, or those of one source; return whether there were any."""
-        everything = [self.config_source, *[queue.source for queue in self.queues]] if only is None else [only]
-        taken = [source for source in dict.fromkeys(everything) if source.take()]
+        sources = [self.config_source, *[queue.source for queue in self.queues]] if only is None else [only]
+        taken = [source for source in dict.fromkeys(sources) if source.take()]
         for queue in self.queues:
             if queue.source in taken:
                 queue.collect()

@@ -77,7 +77,7 @@ class Msi:
         return self._fds
 
     def take(self) -> bool:
-        taken = sum(_drain(fd) for fd in self.fds())
+        taken = sum(map(_drain, self.fds()))
         self.count += taken
         self.config_count += taken
         return taken > 0
@@ -150,14 +150,20 @@ class Buffer:
         self.room = b""
         """The whole device-writable part as the device left it, also what it did not count."""
 
+    def __str__(self) -> str:
+        return f"buffer {self.head} is used"
+
     @property
     def done(self) -> bool:
+        return self.used_len is not None
+
+    def is_done(self) -> bool:
         return self.used_len is not None
 
     def wait(self, timeout: float = HANG) -> bytes:
         """Sleep until an interrupt shows that the device has used the buffer; return what it wrote."""
         if self.used_len is None:
-            self.queue.wait_until(lambda: self.done, f"buffer {self.head} is used", timeout)
+            self.queue.wait_until(self.is_done, self, timeout)
         return self.data
 
     def finish(self, used_len: int | None) -> None:
@@ -249,7 +255,7 @@ class Queue:
         self.driver.take_interrupts()
         return self.source.count
 
-    def wait_until(self, done: Callable[[], bool], what: str, timeout: float = HANG) -> None:
+    def wait_until(self, done: Callable[[], bool], what: object, timeout: float = HANG) -> None:
         """Sleep on the queue's interrupts until `done`. `DeviceNeedsReset` if the device breaks, `TimeoutError`."""
         deadline = time.monotonic() + timeout
         while not done():

@@ -168,8 +168,11 @@ class SplitRing:
         if len(descs) > len(self._free):
             raise BufferError(f"{len(descs)} descriptors wanted, {len(self._free)} free")
         indexes = [self._free.pop() for _ in descs]
-        for index, desc in zip(indexes, linked(descs, indexes), strict=True):
-            self.write_desc(index, desc)
+        last = indexes[-1]
+        for (address, length, flags, _), index, next_ in zip(descs, indexes, [*indexes[1:], 0], strict=True):
+            self.memory.write(
+                self.desc + 16 * index, DESC.pack(address, length, flags if index == last else flags | NEXT, next_)
+            )
         self._chains[indexes[0]] = indexes
         self.offer(indexes[0])
         return indexes[0]
@@ -195,7 +198,7 @@ class SplitRing:
 
     def pop_used(self) -> tuple[int, int] | None:
         """The next (head, length) that the device gave back."""
-        if not self.has_used:
+        if self.used_idx == self.next_used:
             return None
         head, length = self.used_element(self.next_used)
         self.next_used = (self.next_used + 1) & 0xFFFF
