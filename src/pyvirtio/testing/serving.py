@@ -30,13 +30,13 @@ def serve_in_process(device: Device, path: Path, rings: Rings = SPLIT_RINGS) -> 
 
 
 @contextmanager
-def serve_in_child(what: str, path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def serve_in_child(what: str, path: Path, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
     """`pyvirtio serve WHAT` at `path`, from when its socket is there; `RuntimeError` if it ends before."""
     ready = path.with_suffix(".ready")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(ready))
         told.settimeout(0.1)
-        command = [sys.executable, "-m", "pyvirtio", "serve", what, "--socket-path", str(path)]
+        command = [sys.executable, "-m", "pyvirtio", "serve", what, "--socket-path", str(path), *options]
         child = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": str(ready)})
         try:
             _wait_for(child, told, what)
