@@ -10,11 +10,14 @@ from pyvirtio import VirtQueue
 from pyvirtio.notifiers import Undo
 from pyvirtio.testing import Guest
 
+RINGS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 
-def test_a7_vhost_serves_while_it_has_the_notifiers(guest: Guest) -> None:
+
+@RINGS
+def test_a7_vhost_serves_while_it_has_the_notifiers(guest: Guest, packed: bool) -> None:
     """Also with ioeventfd off, and twice in a row."""
     device = Echo()
-    driver = guest.plug(device)
+    driver = guest.plug(device, packed=packed)
     own_mode = modes(driver)
     for _ in range(2):
         assert echo(driver.echoq) == b"hello"
@@ -32,8 +35,9 @@ def test_a7_vhost_serves_while_it_has_the_notifiers(guest: Guest) -> None:
         assert modes(driver) == own_mode
 
 
-def test_a7_a_kick_during_the_give_back_is_served(guest: Guest) -> None:
-    driver = guest.plug(Echo())
+@RINGS
+def test_a7_a_kick_during_the_give_back_is_served(guest: Guest, packed: bool) -> None:
+    driver = guest.plug(Echo(), packed=packed)
     for _ in range(20):
         vhost = Vhost(driver)
         vhost.take()
@@ -168,6 +172,22 @@ def test_a7_a_reset_while_vhost_holds_them(guest: Guest, again: bool) -> None:
     driver.start()
     assert echo(driver.echoq) == (b"vhost" if again else b"hello")
     driver.reset()
+
+
+@RINGS
+def test_a7_a_queue_that_is_reset_is_taken_from_vhost_and_lent_again(guest: Guest, packed: bool) -> None:
+    driver = guest.plug(Echo(), packed=packed)
+    vhost = Vhost(driver)
+    vhost.take()
+    for size in (16, 8, 4):
+        assert [echo(driver.echoq) for _ in range(20)] == [b"vhost"] * 20
+        driver.reset_queue(0)
+        assert guest.accel.ioeventfds == set()
+        driver.queue_size = size
+        driver.renew_queue(0)
+        assert modes(driver) == ["vhost"]
+    vhost.give_back()
+    assert echo(driver.echoq) == b"hello"
 
 
 def test_a7_a_pause_while_vhost_holds_them(guest: Guest) -> None:
