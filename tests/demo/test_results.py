@@ -3,11 +3,14 @@
 import io
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pyvirtio.demo.measure import Load, Plan, Window
+from pyvirtio.demo.network import MODES, NetLoad, NetWindow, windows
+from pyvirtio.demo.plot import draw
 from pyvirtio.demo.results import Results, Spread
 from pyvirtio.demo.table import summary, table
 
@@ -76,12 +79,58 @@ def test_a_notify_exit_with_ioeventfd_on_is_a_problem(results: Results) -> None:
     assert leak.problems() == ["3 notifies left the guest although ioeventfd was on"]
 
 
-def test_events_that_travelled_as_json_give_the_same_results(results: Results) -> None:
+def test_events_that_travelled_as_json_give_the_same_results(with_network: Results) -> None:
     events = [("boot", {"kernel": "6.1"}), ("measure", {"sha256": SHA256})]
-    events += [("window", asdict(window)) for window in results.windows]
+    events += [("window", asdict(window)) for window in with_network.windows]
+    events += [("net-window", asdict(window)) for window in with_network.net_windows]
     travelled = [(name, json.loads(json.dumps(figures))) for name, figures in events]
-    assert Results.of(SHA256, travelled) == results
-    assert json.loads(json.dumps(results.as_json()))["rows"][0]["reads_per_second"]["median"] == 75
+    assert Results.of(SHA256, travelled) == with_network
+    assert json.loads(json.dumps(with_network.as_json()))["rows"][0]["reads_per_second"]["median"] == 75
+
+
+def net_window(load: NetLoad) -> NetWindow:
+    """1000 frames in 2 s where the vCPU serves, twice as many with ioeventfd, four times with vhost."""
+    frames = 1000 << MODES.index(load.mode)
+    return NetWindow(load, 2.0, frames, 500 if load.mode == "sync" else 0, 10 if load.mode == "ioeventfd" else 0)
+
+
+@pytest.fixture
+def with_network(results: Results) -> Results:
+    return replace(results, net_windows=[net_window(load) for load in windows(2, MODES)])
+
+
+def test_network_modes_are_measured_next_to_each_other_and_in_turn() -> None:
+    loads = [(load.round, load.mode) for load in windows(2, MODES) if load.size == 64]
+    assert loads == [*((0, mode) for mode in MODES), *((1, mode) for mode in reversed(MODES))]
+
+
+def test_a_network_row_compares_with_the_same_round(with_network: Results) -> None:
+    rows = with_network.net_rows()
+    assert [(row.size, row.mode) for row in rows] == [(size, mode) for size in (64, 1500) for mode in MODES]
+    assert [row.frames_per_second.median for row in rows[:3]] == [500, 1000, 2000]
+    assert [row.speedup for row in rows[:3]] == [Spread(1, 1, 1), Spread(2, 2, 2), Spread(4, 4, 4)]
+    assert (rows[0].notify_exits, rows[1].wakeups) == (1000, 20)
+
+
+def test_a_notify_exit_with_vhost_is_a_problem(with_network: Results) -> None:
+    leak = NetWindow(NetLoad(64, "vhost", 0), 2.0, 10, 3, 0)
+    assert with_network.problems() == []
+    assert replace(with_network, net_windows=[*with_network.net_windows, leak]).problems() == [
+        "3 notifies left the guest although ioeventfd was on"
+    ]
+
+
+def test_a_host_without_taps_is_told_so(results: Results) -> None:
+    events = [("boot", {"kernel": "6.1"}), ("measure", {"sha256": SHA256}), ("no-network", {"reason": "not permitted"})]
+    events += [("window", asdict(window)) for window in results.windows]
+    assert "No network card was measured: not permitted." in summary(Results.of(SHA256, events))
+
+
+def test_the_drawing_has_all_parts(with_network: Results, results: Results, tmp_path: Path) -> None:
+    for name, drawn in (("disks", results), ("all", with_network)):
+        draw(drawn, tmp_path / f"{name}.svg")
+    disks, everything = ((tmp_path / f"{name}.svg").read_text() for name in ("disks", "all"))
+    assert len(everything) > len(disks) > 0
 
 
 def test_the_table_fits_a_terminal_of_80_columns(results: Results) -> None:

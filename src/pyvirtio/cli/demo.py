@@ -28,9 +28,9 @@ WIDTH_OF_A_FILE = 120  # columns, where the output is no terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Boots Linux with a disk of random data behind virtio-blk-pci and compares, in one boot, ioeventfd on and "
-        "off: reads per second, the share of the vCPU left to the guest, exits, wake-ups and interrupts. Uses the lab "
-        "where this host's KVM cannot run Linux. Exit status 1 if the guest read wrong data, or if a notify left it "
-        "with ioeventfd on."
+        "off: reads per second, the share of the vCPU left to the guest, exits, wake-ups and interrupts. Then, where a "
+        "tap is permitted, frames sent through virtio-net-pci, with vhost-net as well. Uses the lab where this host's "
+        "KVM cannot run Linux. Exit status 1 if the guest read wrong data, or if a notify left it with ioeventfd on."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw them (needs matplotlib)")

@@ -57,3 +57,30 @@ load() {
     priority 0 $$
     wait
 }
+
+# prepare_to_transmit: give the only network card to the kernel's frame generator.
+prepare_to_transmit() {
+    for card in /sys/class/net/*; do
+        card=${card##*/}
+        [ "$card" = lo ] || break
+    done
+    ip link set "$card" up
+    echo "add_device $card" >/proc/net/pktgen/kpktgend_0
+    for setting in "count 0" "dst 198.51.100.1" "dst_mac 02:00:00:00:00:01"; do
+        echo "$setting" >"/proc/net/pktgen/$card"
+    done
+}
+
+# transmit SIZE SECONDS: send frames of SIZE bytes; what is between the lines ::begin and ::end counts.
+transmit() {
+    echo "pkt_size $1" >"/proc/net/pktgen/$card"
+    priority -10 $$
+    echo start >/proc/net/pktgen/pgctrl & # returns when it is stopped
+    sleep 0.2
+    mark begin
+    sleep "$2"
+    mark end
+    echo stop >/proc/net/pktgen/pgctrl
+    priority 0 $$
+    wait
+}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.backends.block import BlockBackend, File
+from pyvirtio.demo import network
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing.linux import GuestFailed, LinuxGuest
@@ -22,6 +23,7 @@ SLOW_SECONDS = 0.003
 BACKENDS = ("file", "slow")
 CHECKSUM_TIMEOUT = 300
 LINE_TIMEOUT = 120
+MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "pktgen")
 
 Report = Callable[..., object]
 """Called with the name of an event and its figures: `report("window", backend="file", ...)`."""
@@ -83,13 +85,15 @@ class SlowDisk(BlockBackend):
 
 
 def measure(plan: Plan, report: Report) -> None:
-    """Boot Linux with the disk and measure; `report` gets what happens as it happens."""
-    with LinuxGuest(functions=files("pyvirtio.demo").joinpath("load.sh").read_text()) as guest:
+    """Boot Linux with the disk and a network card and measure; `report` gets what happens as it happens."""
+    functions = files("pyvirtio.demo").joinpath("load.sh").read_text()
+    with LinuxGuest(functions=functions, modules=MODULES) as guest:
         file = File(Path(plan.disk), readonly=True)
         disks = {
             "file": guest.machine.add(Blk(file), "file"),
             "slow": guest.machine.add(Blk(SlowDisk(file)), "slow"),
         }
+        card = plug_card(guest, report)
         report("boot", kernel=guest.kernel.version)
         guest.boot()
         report("checksum", userspace_exits=guest.machine.exits)
@@ -97,8 +101,28 @@ def measure(plan: Plan, report: Report) -> None:
         for load in plan.windows():
             report("load", **asdict(load))
             report("window", **asdict(run_window(guest, disks, load, plan.seconds)))
+        if card is not None:
+            measure_network(guest, card, plan, report)
         guest.type("poweroff -f")
         guest.wait()
+
+
+def plug_card(guest: LinuxGuest, report: Report) -> network.Card | None:
+    """A network card, where a tap is permitted."""
+    try:
+        return network.Card(guest)
+    except ConfigError as error:
+        report("no-network", reason=str(error))
+        return None
+
+
+def measure_network(guest: LinuxGuest, card: network.Card, plan: Plan, report: Report) -> None:
+    loads = list(network.windows(plan.rounds, card.modes))
+    report("network", windows=len(loads))
+    guest.run("prepare_to_transmit")
+    for load in loads:
+        report("net-load", **asdict(load))
+        report("net-window", **asdict(card.run_window(guest, load, plan.seconds)))
 
 
 def run_window(guest: LinuxGuest, disks: dict[str, VirtioPci], load: Load, seconds: float) -> Window:

@@ -6,12 +6,13 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pyvirtio.demo.table import NAMES
+from pyvirtio.demo.table import MODES, NAMES
 
 STEPS = {
     "boot": "Linux boots in a virtual machine of pyvirtio",
     "checksum": "the guest reads the whole disk for its sha256",
     "measure": "the guest reads and counts, with ioeventfd on and off in turn",
+    "network": "the guest sends frames, served in each way in turn",
 }
 
 
@@ -57,18 +58,25 @@ class Steps:
         """An event of the measurement."""
         if event in STEPS:
             self.step(STEPS[event])
+        if event == "network":
+            self._windows += figures["windows"]
         elif event == "load":
             self._progress.update(self._task, description=describe(figures))
+        elif event == "net-load":
+            self._progress.update(self._task, description=describe_net(figures))
         elif event == "window":
-            self._window(figures)
+            speed = f"{figures['chains'] / figures['seconds']:,.0f} reads/s"
+            self._window(describe(figures["load"]), speed, figures["notifies"])
+        elif event == "net-window":
+            speed = f"{figures['frames'] / figures['seconds']:,.0f} frames/s"
+            self._window(describe_net(figures["load"]), speed, figures["notifies"])
 
-    def _window(self, window: dict[str, Any]) -> None:
+    def _window(self, what: str, speed: str, exits: int) -> None:
         self._done += 1
         count = f"{self._done}/{self._windows}"
         self._progress.update(self._task, completed=self._done, total=self._windows, count=count)
         if not self.console.is_terminal:
-            speed = f"{window['chains'] / window['seconds']:,.0f} reads/s, {window['notifies']:,} notify exits"
-            self.console.print(f"  {count:>5}  {describe(window['load']):<44} {speed}")
+            self.console.print(f"  {count:>5}  {what:<44} {speed}, {exits:,} notify exits")
 
     def _finish(self) -> None:
         if self._step:
@@ -83,3 +91,8 @@ def describe(load: dict[str, Any]) -> str:
     plural = "s" if load["readers"] > 1 else ""
     mode = "on" if load["ioeventfd"] else "off"
     return f"{NAMES[load['backend']]}, {load['readers']} reader{plural}, ioeventfd {mode}"
+
+
+def describe_net(load: dict[str, Any]) -> str:
+    """A load of the network card in words."""
+    return f"frames of {load['size']} bytes, {MODES[load['mode']]}"

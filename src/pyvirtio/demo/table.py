@@ -6,6 +6,7 @@ from rich.text import Text
 
 from pyvirtio.demo.results import Results, Row, Spread
 
+MODES = {"sync": "ioeventfd off", "ioeventfd": "ioeventfd on", "vhost": "vhost-net"}
 NAMES = {"file": "plain file", "slow": "takes 3 ms"}
 TITLES = {"file": "A plain file", "slow": "A backend that takes 3 ms for each request"}
 WIDTHS = {
@@ -20,10 +21,11 @@ def table(results: Results) -> RenderableType:
     return Group(
         Text(f"\n4 KiB O_DIRECT reads from virtio-blk-pci, Linux {results.kernel} with 1 vCPU\n", "bold"),
         *(_backend(backend, results) for backend in NAMES),
+        *([_network(results)] if results.net_windows else []),
         Text(
             f"Speeds are medians (lowest-highest) of {rounds} rounds, counts are sums. vCPU left: speed of a process "
             "that only counts, relative to its speed beside an idle disk. Batch: requests for each wake-up or exit; "
-            "- if the I/O thread never slept.\n",
+            "- if the I/O thread never slept. Frames are counted at the host's tap.\n",
             "dim",
         ),
         *(Text(line) for line in summary(results)),
@@ -37,6 +39,26 @@ def _backend(backend: str, results: Results) -> Table:
     for row in results.rows():
         if row.backend == backend:
             table.add_row(*_cells(row))
+    table.add_row()
+    return table
+
+
+def _network(results: Results) -> Table:
+    title = "Frames that the guest sends through virtio-net-pci to a tap (pktgen)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for heading in ("bytes", "served by", "frames/s", "relative to off", "notify exits", "wake-ups"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results.net_rows():
+        style = "" if row.mode == "sync" else "green"
+        wrong = row.mode != "sync" and row.notify_exits
+        table.add_row(
+            Text(str(row.size) if row.mode == "sync" else ""),
+            Text(MODES[row.mode], style),
+            Text(_spread(row.frames_per_second, "{:,.0f}"), style),
+            Text(_spread(row.speedup, "{:.1f}"), style),
+            Text(f"{row.notify_exits:,}", "red" if wrong else style),
+            Text("-" if row.mode == "vhost" else f"{row.wakeups:,}", style),
+        )
     table.add_row()
     return table
 
@@ -72,6 +94,8 @@ def summary(results: Results) -> list[str]:
         f"With {readers} readers of a backend that takes 3 ms, the guest keeps {on} of its vCPU with ioeventfd and "
         f"{off} without.",
     ]
+    if results.no_network:
+        lines.append(f"No network card was measured: {results.no_network}.")
     problems = results.problems()
     if not problems:
         lines.append("The guest read what the host wrote (sha256), and with ioeventfd on no notify left the guest.")

@@ -5,6 +5,7 @@ from typing import Any
 
 from pyvirtio.cli.demo import make_disk
 from pyvirtio.demo.measure import Plan, measure
+from pyvirtio.demo.network import MODES, SIZES
 from pyvirtio.demo.results import Results
 
 
@@ -21,3 +22,8 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
         assert row.interrupts > 0
         assert row.ioeventfd or not row.wakeups
         assert (row.notify_exits > 0) is not row.ioeventfd
+
+    assert [(row.size, row.mode) for row in results.net_rows()] == [(size, mode) for size in SIZES for mode in MODES]
+    for sent in results.net_rows():
+        assert sent.frames > 0
+        assert (sent.notify_exits > 0) is (sent.mode == "sync")
