@@ -92,7 +92,7 @@ class LinuxGuest:
         """Go on from a snapshot in place of `boot`; return what the line that ran then still prints."""
         self.machine.restore(snapshot)
         self._thread.start()
-        return self._finish("restored", None, timeout)
+        return self.finish("restored", timeout)
 
     def wait_for_shell(self, timeout: float = 300) -> str:
         """Wait until the shell takes lines: after `boot`, or a reboot that the guest itself asked for."""
@@ -116,6 +116,10 @@ class LinuxGuest:
         if since is not None:
             lines = lines[1 + max(n for n, line in enumerate(lines) if line.endswith(f"] {since}")) :]
         return "\n".join(lines)
+
+    def finish(self, line: str, timeout: float = 120) -> str:
+        """Wait for the end of a line that was typed; return what it still prints. Fails as `run` does."""
+        return self._finish(line, None, timeout)
 
     def wait_for_line(self, text: str, timeout: float = 120) -> None:
         """Read on until a line of output contains `text`: of a line that was typed and has not ended."""
