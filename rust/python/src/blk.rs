@@ -236,9 +236,15 @@ impl PythonBackend {
     }
 }
 
+/// Do something with Python. Attaching, even where it is done, costs more than a small request.
+fn attached<T>(work: impl FnOnce(Python<'_>) -> T) -> T {
+    // SAFETY: a plane with this backend has no handler but `Attached`, within whose `handle` all of this happens.
+    work(unsafe { Python::assume_attached() })
+}
+
 impl Backend for PythonBackend {
     fn read(&self, into: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        Python::attach(|py| {
+        attached(|py| {
             match &self.read {
                 Transfer::InPlace(method) => in_place(py, method, into, offset, true),
                 Transfer::Copied(method) => {
@@ -251,7 +257,7 @@ impl Backend for PythonBackend {
     }
 
     fn write(&self, from: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
-        Python::attach(|py| {
+        attached(|py| {
             match &self.write {
                 Transfer::InPlace(method) => in_place(py, method, from, offset, false),
                 Transfer::Copied(method) => PyBytes::new_with(py, from.total(), |out| {
@@ -269,7 +275,7 @@ impl Backend for PythonBackend {
     /// A backend without a flush has nothing that is not durable already.
     fn flush(&self) -> Result<(), Failure> {
         let Some(method) = &self.flush else { return Ok(()) };
-        Python::attach(|py| method.call0(py).map(drop).map_err(|error| failure(py, &error)))
+        attached(|py| method.call0(py).map(drop).map_err(|error| failure(py, &error)))
     }
 
     fn discard(&self, length: u64, offset: u64) -> Result<(), Failure> {
@@ -283,7 +289,7 @@ impl Backend for PythonBackend {
 
 fn in_pieces(method: Option<&Py<PyAny>>, length: u64, offset: u64) -> Result<(), Failure> {
     let method = method.ok_or(Failure::Unsupported)?;
-    Python::attach(|py| {
+    attached(|py| {
         let mut done = 0;
         while done < length {
             let piece = PIECE.min(length - done);
