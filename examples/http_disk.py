@@ -1,6 +1,8 @@
 """A disk that is a file on a web server, fetched piece by piece as the guest reads it.
 
-pyvirtio run ... --drive driver=examples/http_disk.py:HttpDisk,url=http://example.org/disk.img
+    pyvirtio run ... --drive driver=examples/http_disk.py:HttpDisk,url=http://example.org/disk.img
+
+The server has to know range requests; what was read is kept in pieces of 64 KiB.
 """
 
 import errno

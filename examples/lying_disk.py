@@ -1,6 +1,8 @@
 """A disk that lies now and then, the same lies in each run: does what relies on it notice?
 
-pyvirtio run ... --drive file=disk.img,id=d0,if=none --device examples/lying_disk.py:LyingDisk,drive=d0,seed=7
+    pyvirtio run ... --drive file=disk.img,id=d0,if=none --device examples/lying_disk.py:LyingDisk,drive=d0,seed=7
+
+What it does wrong is a list, `device.faults`, and can be changed while it runs.
 """
 
 from typing import Annotated

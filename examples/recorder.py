@@ -1,7 +1,9 @@
 """Records what a guest asks of a disk, and asks another disk the same.
 
-pyvirtio run ... --drive driver=examples/recorder.py:Recorder,image=disk.img,log=requests.log
-python examples/recorder.py requests.log other.img     # a copy of what disk.img was
+    pyvirtio run ... --drive driver=examples/recorder.py:Recorder,image=disk.img,log=requests.log
+    python examples/recorder.py requests.log other.img
+
+The second command makes a copy of what disk.img was, and counts the reads that find something else.
 """
 
 import json
