@@ -226,11 +226,13 @@ class Explorer:
         offset, size = COMMON[name]
         if size == 8 and value % 2 == 0:
             value = rogue_rings(ring)[name]
-        if name == "queue_enable":
+        if name in ("queue_enable", "queue_reset"):
             value = min(value, 2)
         state, before = self.function.driver, self._setups()
-        frozen = Status.DRIVER_OK in state.status or state.queue_select >= len(before)
-        frozen = frozen or before[state.queue_select].enabled
+        frozen = state.queue_select >= len(before) or before[state.queue_select].enabled
+        frozen = frozen or (Status.DRIVER_OK in state.status and not before[state.queue_select].reset)
+        resets = name == "queue_reset" and value == 1 and state.has_agreed(Feature.RING_RESET)
+        frozen = frozen and not resets
         self.write_bar(MODERN, offset, size, value)
         if frozen and self.reachable(MODERN):
             assert self._setups() == before

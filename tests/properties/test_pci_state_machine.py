@@ -31,12 +31,15 @@ PROPERTIES = st.fixed_dictionaries(
         "vectors": st.sampled_from([0, 1, 2, 70]),
         "event_idx": st.just(False),
         "indirect_desc": st.just(False),
+        "packed": st.just(True),
+        "in_order": st.just(True),
     },
 )
 COMMON = st.sampled_from(
     [
         "device_feature_select", "driver_feature_select", "driver_feature", "config_msix_vector", "queue_select",
         "queue_size", "queue_msix_vector", "queue_enable", "queue_desc", "queue_driver", "queue_device",
+        "queue_reset",
     ]
 )  # fmt: skip
 
