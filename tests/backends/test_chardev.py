@@ -177,7 +177,7 @@ def test_a_pseudo_terminal_is_opened_and_left(tmp_path: Path, opened: list[Chard
     opened.append(chardev := Pty("c0", path=tmp_path / "tty"))
     assert chardev.write(bytes(1 << 20)) == 1 << 20, "discarded: nobody has it open"
     for _ in range(2):
-        with open(tmp_path / "tty", "r+b", buffering=0) as terminal:
+        with open(os.open(tmp_path / "tty", os.O_RDWR | os.O_NOCTTY), "r+b", buffering=0) as terminal:
             terminal.write(b"typed")
             assert read(chardev, 5) == b"typed"
             termios.tcsetwinsize(terminal.fileno(), (43, 132))

@@ -345,7 +345,7 @@ class _closing_on_error:
 
 def _open(path: Path, how: int) -> int:
     try:
-        return os.open(path, how | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        return os.open(path, how | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
         reason = "a pipe that nobody reads" if error.errno == errno.ENXIO else error.strerror
         raise ConfigError(f"{path}: {reason}") from error
