@@ -158,6 +158,18 @@ def reset_device(device: Device) -> None:
         log.exception("%s: the device failed to reset", device.name)
 
 
+@dataclass
+class OnBroken:
+    """What happens when a device needs a reset. Any thread, also one that serves a queue: it must not wait for one."""
+
+    name: str
+    then: Callable[[], object] = lambda: None
+
+    def __call__(self, reason: str) -> None:
+        log.error("%s: needs a reset: %s", self.name, reason)
+        self.then()
+
+
 class Dataplane:
     """The queues of one device while a driver uses them.
 
@@ -180,7 +192,8 @@ class Dataplane:
         self.device = device
         self.iothread = iothread
         self._declared = declared_queues(device)
-        self.state = DeviceState(name, lambda reason: log.error("%s: needs a reset: %s", name, reason))
+        self.on_broken = OnBroken(name)
+        self.state = DeviceState(name, self.on_broken)
         self.queues = [VirtQueue(self.state, q.name, index, q.size) for index, q in enumerate(self._declared)]
         self.iothreads = list(deal_out(device, len(self.queues), mapping or [iothread]))
         self.notifiers = HostNotifiers(name, self.queues, self._assign, self._poll, ioeventfd=ioeventfd)

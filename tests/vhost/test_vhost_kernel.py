@@ -299,3 +299,12 @@ def test_a_ring_that_the_kernel_gives_up_breaks_the_device(guest: Guest, fake: F
     assert driver.wait_needs_reset() == "pairq1: vhost gave the ring up"
     driver.start()
     assert answers(driver) == [VHOST, VHOST, OWN]
+
+
+def test_the_kernel_stops_with_a_device_that_breaks(guest: Guest, fake: FakeVhost) -> None:
+    driver = guest.plug(Pairs())
+    driver.function.dataplane.state.fail("a reason")
+    wait_for(lambda: not fake.serving)
+    assert driver.wait_needs_reset() == "a reason"
+    driver.start()
+    assert answers(driver) == [VHOST, VHOST, OWN]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fcntl import ioctl
 from functools import partial
-from threading import Lock
+from threading import Lock, Thread
 
 from pyvirtio._core import GuestMemory, VirtQueue, Watch
 from pyvirtio.backends.tap import TUNSETVNETHDRSZ, VNET_HEADER
@@ -145,6 +145,7 @@ class VhostNet:
         self._enabled = True
         self._lend()
         driver.dataplane.device.vhost_changed = self._lend
+        driver.dataplane.on_broken.then = lambda: Thread(target=self._stop_broken, name="pyvirtio vhost").start()
 
     def _add(self, vhost: int, tap: int) -> None:
         ioctl(vhost, SET_OWNER)
@@ -170,8 +171,14 @@ class VhostNet:
         self._notifiers.release(set(lent) - set(self._lent))
         self._notifiers.grab(self._lent, self._serve)
 
+    def _stop_broken(self) -> None:
+        """The device needs a reset: the kernel, which does not know, stops too."""
+        if self._driver.dataplane.state.broken:
+            self._notifiers.release(self._lent)
+
     def close(self) -> None:
         self.enabled = False
+        self._driver.dataplane.on_broken.then = lambda: None  # the core knows no cycles
         with self._lock:
             rings, self._rings = self._rings, []
             for ring in rings:
