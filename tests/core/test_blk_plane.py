@@ -3,6 +3,7 @@
 import os
 import resource
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,3 +229,25 @@ class Slowing(Observer):
 def test_a_request_that_took_long_does_not_wait_for_its_batch() -> None:
     backend = observed(Slowing(), requests=60)
     assert backend.known[58:] == [58, 59]
+
+
+@pytest.mark.parametrize("end", ["set_handler", "detach", "hold", "stop"])
+def test_who_takes_a_queue_over_waits_for_what_the_host_was_asked_for(end: str) -> None:
+    reader, writer = os.pipe()
+    disk = Disk(FileIo(reader, aio="io_uring"))
+    disk.vq.attach()  # so that the service leaves the answer to whoever polls
+    disk.memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+    disk.ring.add([Desc(HEADER, 16), Desc(DATA, 512, WRITE), Desc(STATUS, 1, WRITE)])
+    disk.ring.publish()
+    disk.vq.service()
+    assert (disk.vq.in_flight, disk.ring.used_idx) == (1, 0)
+    answer = threading.Timer(0.1, os.write, (writer, b"w" * 512))
+    answer.start()
+    arguments = (disk.plane,) if end == "set_handler" else ()
+    getattr(disk.vq, end)(*arguments)
+    assert disk.ring.used_idx == 1
+    assert disk.memory.read(DATA, 512) == b"w" * 512
+    assert disk.memory.read(STATUS, 1) == b"\0"
+    answer.join()
+    os.close(reader)
+    os.close(writer)

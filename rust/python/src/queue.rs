@@ -190,7 +190,8 @@ impl VirtQueue {
     }
 
     fn set_handler(slf: &Bound<'_, Self>, handler: &Bound<'_, PyAny>) {
-        slf.get().inner.set_handler(self::handler(handler, slf));
+        let (vq, handler) = (&slf.get().inner, self::handler(handler, slf));
+        slf.py().detach(|| vq.set_handler(handler));
     }
 
     #[pyo3(signature = (tap))]
