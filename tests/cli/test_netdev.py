@@ -79,7 +79,7 @@ def test_a_tap_takes_qemus_words() -> None:
     ("texts", "message"),
     [
         (["id=n0"], "--netdev: type= is required"),
-        (["tapp,id=n0"], "--netdev: unknown kind 'tapp', did you mean tap? (known: tap, user, stream, dgram, pair,"),
+        (["tapp,id=n0"], "--netdev: unknown network 'tapp', did you mean tap? (known: tap, user, stream, dgram, pair,"),
         (["pair"], "--netdev pair: id= is required"),
         (["pair,id=a", "pair,id=a"], "--netdev pair: id=a is already in use"),
         (["pair,id=b,peer=a"], "b: peer=a is not the id of a --netdev (there are: none)"),

@@ -20,7 +20,7 @@ KINDS = {
     "pair": "pyvirtio.backends.net:Pair",
 }
 OnClose = Callable[[Callable[[], object]], object]
-CATALOGUE = Catalogue("--netdev", "kind", NetBackend, KINDS, "pyvirtio.networks")
+CATALOGUE = Catalogue("--netdev", "network", NetBackend, KINDS, "pyvirtio.networks")
 REPEATABLE = ("hostfwd",)
 HELP = """\
 a network for netdev=ID of a device; `help` lists the kinds, `KIND,help` its properties"""
