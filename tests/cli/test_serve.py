@@ -113,6 +113,17 @@ def test_the_domain_of_libvirt_is_printed(here: Path, capsys: pytest.CaptureFixt
     assert arguments == ["-chardev", "socket,id=rng0,path=r,reconnect=1", "-device", "vhost-user-rng-pci,chardev=rng0"]
 
 
+@pytest.mark.parametrize("option", ["--print-qemu-args", "--print-libvirt-xml"])
+def test_the_front_end_is_to_ask_for_packed_rings_where_they_are_offered(
+    here: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    asked = {"--print-qemu-args": "packed=on", "--print-libvirt-xml": "packed='on'"}[option]
+    for packed in (False, True):
+        what = "blk,packed=on" if packed else "blk"
+        assert main(["serve", what, "--blk-file", "disk.img", "--socket-path", "s", option]) == 0
+        assert (asked in capsys.readouterr().out) is packed
+
+
 def test_the_front_ends_side_of_a_network_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     line = "serve net,netdev=n --netdev pair,id=n --socket-path s"
     assert main([*line.split(), "--print-qemu-args"]) == 0
