@@ -18,7 +18,7 @@ from pyvirtio.testing.driver import Interface
 from pyvirtio.testing.queue import HANG, Queue
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vhost import kernel
-from pyvirtio.vhost.kernel import VhostNet
+from pyvirtio.vhost.kernel import HostMemory, VhostNet
 from pyvirtio.vmm.monitor import Controls, Monitor
 
 VHOST, OWN = b"vhost", b"own"
@@ -308,3 +308,11 @@ def test_the_kernel_stops_with_a_device_that_breaks(guest: Guest, fake: FakeVhos
     assert driver.wait_needs_reset() == "a reason"
     driver.start()
     assert answers(driver) == [VHOST, VHOST, OWN]
+
+
+def test_a_ring_must_lie_in_one_region(guest: Guest) -> None:
+    memory = HostMemory(guest.memory)
+    assert memory.at(guest.border - 16, 16) - memory.at(0, 1) == guest.border - 16
+    for address in (guest.border - 8, guest.high - 16):
+        with pytest.raises(OSError, match="crosses regions of memory"):
+            memory.at(address, 16)
