@@ -1,4 +1,4 @@
-"""What Linux's block driver does with each fault: one guest, a disk for each; writes the table of docs/faults.md.
+"""What Linux's block and network drivers do with each fault, in one guest; writes the tables of docs/faults.md.
 
     pyvirtio lab --keep docs -- .venv/bin/python tools/fault_report.py
 
@@ -14,10 +14,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fault_net
+from fault_net import Call
+
 from pyvirtio.backends.block import Memory
 from pyvirtio.devices.blk import Blk
 from pyvirtio.faults import parse
-from pyvirtio.testing.linux import LinuxGuest
+from pyvirtio.testing.linux import GuestFailed, LinuxGuest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- written by tools/fault_report.py -->", "<!-- end -->"
@@ -133,8 +136,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20, help="how long I/O may take before it counts as hung")
     args = parser.parse_args()
     trials = [Trial(fault) for fault in [*AT_BOOT, *RUNNING]]
-    kernel = run(trials, args.seconds)
-    text = table(trials, kernel)
+    calls = [Call(fault, number) for number, fault in enumerate(fault_net.FAULTS)]
+    alone = [Call(fault, len(calls) + number) for number, fault in enumerate(fault_net.ALONE)]
+    kernel = run(trials, calls, args.seconds)
+    for call in alone:
+        run_alone(call, args.seconds)
+    calls += alone
+    text = table(trials, calls, kernel)
     print(text)
     if args.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)
@@ -142,68 +150,121 @@ def main() -> int:
     return 0
 
 
-def run(trials: list[Trial], seconds: float) -> str:
+def run(trials: list[Trial], calls: list[Call], seconds: float) -> str:
     """Let all of it happen in one guest; return the kernel's version."""
     for trial in trials[: len(AT_BOOT)]:
         trial.switch_on()
-    with LinuxGuest(functions=FUNCTIONS, append="loglevel=1") as guest:
+    modules = ("virtio_pci", "virtio_blk", "virtio_net")
+    functions = FUNCTIONS + fault_net.FUNCTIONS
+    with LinuxGuest(functions=functions, modules=modules, append="loglevel=1") as guest:
         for number, trial in enumerate(trials):
             guest.plug(trial.blk, f"disk{number}")
+        for call in calls:
+            guest.plug(call.net, f"net{call.number}")
         say("booting")
         guest.boot()
-        find_nodes(guest, trials)
+        find_nodes(guest, trials, calls)
         guest.run("mkdir -p /tmp; dd if=/dev/zero of=/etc/data bs=4k count=32 2>/dev/null")
-        for trial in trials[len(AT_BOOT) :]:
-            trial.switch_on()
-        for trial in trials:
-            if trial.node:
-                guest.run(f"try {trial.node}")
-        say("reading and writing")
-        settle(guest, trials, "out", "write", seconds)
-        say("switching the faults off")
-        for trial in trials:
-            trial.out = guest.run(f"cat /tmp/{trial.node}.out").splitlines() if trial.node else []
-            trial.blk.faults.clear()
-        for trial in trials:
-            if trial.node:
-                guest.run(f"again {trial.node}")
-        settle(guest, trials, "again", "again", seconds / 2)
+        try_disks(guest, trials, seconds)
+        try_cards(guest, calls, seconds)
         log = guest.run("said")
         for trial in trials:
-            trial.again = guest.run(f"cat /tmp/{trial.node}.again").strip() if trial.node else ""
             trial.log = log
+        for call in calls:
+            call.log = log
         return guest.run("uname -r")
+
+
+def run_alone(call: Call, seconds: float) -> None:
+    """One card in a guest that may not survive it: then its last words are what the kernel says."""
+    with LinuxGuest(functions=FUNCTIONS + fault_net.FUNCTIONS, modules=("virtio_pci", "virtio_net")) as guest:
+        guest.plug(call.net, f"net{call.number}")
+        say(f"booting for {call.fault}")
+        guest.boot()
+        find_cards(guest, [call])
+        guest.run("mkdir -p /tmp; dmesg -n 1")
+        try:
+            try_cards(guest, [call], seconds)
+            call.log = guest.run("said", timeout=30)
+        except GuestFailed as error:
+            last = re.sub(r"^\[ *[0-9.]+\] ", "", str(error).splitlines()[-1])
+            call.log = f"{call.node} was the last: {last}"
+
+
+def try_disks(guest: LinuxGuest, trials: list[Trial], seconds: float) -> None:
+    for trial in trials[len(AT_BOOT) :]:
+        trial.switch_on()
+    for trial in trials:
+        if trial.node:
+            guest.run(f"try {trial.node}")
+    say("reading and writing")
+    settle(guest, [trial.node for trial in trials], "out", "write", seconds)
+    for trial in trials:
+        trial.out = output(guest, trial.node, "out").splitlines()
+        trial.blk.faults.clear()
+        if trial.node:
+            guest.run(f"again {trial.node}")
+    settle(guest, [trial.node for trial in trials], "again", "again", seconds / 2)
+    for trial in trials:
+        trial.again = output(guest, trial.node, "again")
+
+
+def try_cards(guest: LinuxGuest, calls: list[Call], seconds: float) -> None:
+    for call in calls:
+        call.switch_on(SEED)
+        guest.run(f"call {call.node} {call.number}", timeout=45)
+    say("calling")
+    settle(guest, [call.node for call in calls], "out", ".*transmitted", seconds)
+    for call in calls:
+        call.out = output(guest, call.node, "out")
+        call.net.faults.clear()
+        guest.run(f"recall {call.node} {call.number}", timeout=45)
+    settle(guest, [call.node for call in calls], "again", ".*transmitted", seconds)
+    for call in calls:
+        call.again = output(guest, call.node, "again")
+
+
+def output(guest: LinuxGuest, node: str, suffix: str) -> str:
+    return guest.run(f"cat /tmp/{node}.{suffix}", timeout=45).strip() if node else ""
 
 
 def say(what: str) -> None:
     print(f"fault report: {what}", file=sys.stderr, flush=True)
 
 
-def find_nodes(guest: LinuxGuest, trials: list[Trial]) -> None:
-    """Which disk is which: they are told apart by their serial numbers."""
-    found = {serial: (node, virtio) for node, serial, virtio in map(str.split, guest.run("nodes").splitlines())}
+def find_nodes(guest: LinuxGuest, trials: list[Trial], calls: list[Call]) -> None:
+    """Which is which: disks are told apart by their serial numbers, cards by their addresses."""
+    disks = {serial: (node, virtio) for node, serial, virtio in map(str.split, guest.run("nodes").splitlines())}
     for trial in trials:
-        trial.node, trial.virtio = found.get(trial.fault.partition("@")[0][:20], ("", ""))
+        trial.node, trial.virtio = disks.get(trial.fault.partition("@")[0][:20], ("", ""))
+    find_cards(guest, calls)
 
 
-def settle(guest: LinuxGuest, trials: list[Trial], suffix: str, last: str, seconds: float) -> None:
+def find_cards(guest: LinuxGuest, calls: list[Call]) -> None:
+    cards = {mac: (node, virtio) for node, mac, virtio in map(str.split, guest.run("cards").splitlines())}
+    for call in calls:
+        call.node, call.virtio = cards[call.mac]
+
+
+def settle(guest: LinuxGuest, nodes: list[str], suffix: str, last: str, seconds: float) -> None:
     """Until each has come to its end, or has had its time."""
-    waiting = [trial.node for trial in trials if trial.node]
+    waiting = list(filter(None, nodes))
     deadline = time.monotonic() + seconds
     while waiting and time.monotonic() < deadline:
         time.sleep(1)
-        ended = guest.run(f"grep -l ^{last} /tmp/*.{suffix} || true")
+        ended = guest.run(f"grep -l '^{last}' /tmp/*.{suffix} || true", timeout=45).split()
         waiting = [node for node in waiting if f"/tmp/{node}.{suffix}" not in ended]
 
 
-def table(trials: list[Trial], kernel: str) -> str:
-    head = [
+def table(trials: list[Trial], calls: list[Call], kernel: str) -> str:
+    disks = [
         f"Linux {kernel}, `virtio_blk`; seed {SEED}:",
         "",
         "| fault | reads | writes | once it is off | the kernel says |",
         "|---|---|---|---|---|",
+        *(trial.row() for trial in trials),
     ]
-    return "\n".join([*head, *(trial.row() for trial in trials)])
+    return "\n".join([*disks, "", "`virtio_net`, the same guest:", "", *fault_net.table(calls)])
 
 
 if __name__ == "__main__":
