@@ -87,7 +87,7 @@ class Pair(NetBackend):
     """One end of a cable between two devices; who makes the other end names this one as its peer.
 
     Offloads go through as they are: a segment larger than a frame for a driver that did not agree to them is
-    dropped by its device, and so are frames while the socket between the ends is full.
+    dropped by its device. While the other end takes nothing, a driver waits.
     """
 
     framing = "datagram"
