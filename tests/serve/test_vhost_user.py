@@ -60,6 +60,15 @@ def test_a_backend_in_python_is_served(serve: Serve) -> None:
         assert disk.read(4, 1024) == bytes(512) + b"x" * 512
 
 
+def test_a_ring_may_be_larger_than_the_device_says(serve: Serve) -> None:
+    """The front-end cannot know; User-mode Linux gives every queue 256 entries."""
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start(size=1024)
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+
+
 def test_the_ring_wraps(serve: Serve) -> None:
     with FrontEnd(serve(Rng(source=count_up))) as vm:
         vm.start(size=4)

@@ -57,7 +57,7 @@ CLOSED = {
     "vring number without an fd": wire.pack(Request.SET_VRING_KICK, U64(1 | wire.NO_FD)),
     "vring number of a base": wire.pack(Request.GET_VRING_BASE, STATE(9, 0)),
     "ring size 0": wire.pack(Request.SET_VRING_NUM, STATE(0, 0)),
-    "ring size above the maximum": wire.pack(Request.SET_VRING_NUM, STATE(0, 128)),
+    "ring size above the maximum": wire.pack(Request.SET_VRING_NUM, STATE(0, 2048)),
     "ring size not a power of two": wire.pack(Request.SET_VRING_NUM, STATE(0, 63)),
     "base above 16 bits": wire.pack(Request.SET_VRING_BASE, STATE(0, 0x10000)),
     "kick fd missing": wire.pack(Request.SET_VRING_KICK, U64(0)),

@@ -15,6 +15,8 @@ from pyvirtio.serve.wire import LOG_ALL, PROTOCOL_FEATURES
 
 BITS_OF_A_PAGE = 8 * 4096
 """Bytes of guest memory for each byte of a log."""
+RING_SIZE = 1024
+"""Entries that any ring may have, whatever the device says: the protocol does not tell front-ends that."""
 MAX_VRINGS = 256
 """The protocol has 8 bits for an index where a file descriptor comes with it."""
 
@@ -47,7 +49,7 @@ class Backend:
         self.vrings = []
         for index, iothread in enumerate(deal_out(device, len(self._queues), iothreads)):
             q = self._queues[index]
-            vq = VirtQueue(self.state, q.name, index, q.size)
+            vq = VirtQueue(self.state, q.name, index, max(q.size, RING_SIZE))
             # The methods of a device all run on one thread.
             self.vrings.append(Vring(vq, q.handler, iothreads[0] if callable(q.handler) else iothread))
         device.loops = [vring.iothread.loop for vring in self.vrings]
