@@ -18,6 +18,7 @@ import pytest
 from pyvirtio.backends.block import File
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
+from pyvirtio.spec import Feature
 from pyvirtio.testing.linux import LinuxGuest
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vmm.machine import Outcome
@@ -127,6 +128,8 @@ def flipping(disk: Disk, seconds: float = 0.05) -> Iterator[list[bool]]:
 
 def test_the_driver_found_all_disks(linux: Linux) -> None:
     assert [name for name, disk in linux.disks.items() if not disk.node] == []
+    packed = {name for name, disk in linux.disks.items() if disk.pci.driver.has_agreed(Feature.RING_PACKED)}
+    assert packed == {"packed-ring"} & linux.disks.keys()
     assert linux.run("nproc") == str(linux.cpus)
     assert len(linux.run(f"ls -d /sys/block/{linux.disks['multiqueue'].node[5:]}/mq/*").split()) == linux.cpus
 
