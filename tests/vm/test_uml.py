@@ -16,7 +16,7 @@ from pyvirtio.lab.kernel import InstalledKernel
 
 UML = "linux.uml"
 HANG_GUARD = 60
-BLOCK = 2
+NET, BLOCK = 1, 2
 """The type of a virtio device, which is all that the command line says of it."""
 MIB = 1 << 20
 
@@ -27,6 +27,8 @@ INIT = """#!/bin/busybox sh
 mount -t devtmpfs dev /dev
 mount -t sysfs sysfs /sys
 while read -r module; do insmod "/modules/$module"; done </modules/order
+"""
+DISK = """
 echo "disk $(sha256sum </dev/vda)"
 dd if=/dev/urandom of=/dev/vda bs=64k count=8 seek=8 conv=fsync 2>/dev/null
 echo 3 >/proc/sys/vm/drop_caches
@@ -44,20 +46,42 @@ def test_user_mode_linux_reads_and_writes_the_disk(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(4 * MIB))
     before = hashlib.sha256(image.read_bytes()).hexdigest()
-    (tmp_path / "initrd").write_bytes(initrd.build(kernel(), INIT, modules=("virtio_blk",)))
-    command = [UML, "mem=64M", f"initrd={tmp_path / 'initrd'}", "root=/dev/ram0", "rw", "quiet"]
-    command += ["con=null", "con0=fd:0,fd:1", f"virtio_uml.device={tmp_path / 's'}:{BLOCK}"]
     with programs(tmp_path) as start:
         start("blk", "--blk-file", "disk.img", "--socket-path", "s")
-        printed = run(command, tmp_path)
+        printed = run(DISK, ("virtio_blk",), {"s": BLOCK}, tmp_path)
     assert f"disk {before}" in printed, printed
     after = hashlib.sha256(image.read_bytes()).hexdigest()
     assert after != before
     assert f"written {after}" in printed, printed
 
 
-def run(command: list[str], directory: Path) -> str:
+CABLE = """
+unshare -n sleep 1000 &
+other=$!
+sleep 0.2
+ip link set eth1 netns $other
+nsenter -t $other -n ifconfig eth1 10.0.0.2 up
+ifconfig eth0 10.0.0.1 up
+ping -c 5 -i 0.2 -s 1400 10.0.0.2
+poweroff -f
+"""
+
+
+def test_user_mode_linux_pings_itself_across_a_cable_between_two_network_cards(tmp_path: Path) -> None:
+    """The second card is in a network namespace of its own."""
+    devices = [option for name in "ab" for option in ("--device", f"net,netdev={name},socket-path={name}")]
+    with programs(tmp_path) as start:
+        start("--netdev", "pair,id=a", "--netdev", "pair,id=b,peer=a", *devices)
+        printed = run(CABLE, ("virtio_net",), {"a": NET, "b": NET}, tmp_path)
+    assert "5 packets transmitted, 5 packets received" in printed, printed
+
+
+def run(script: str, modules: tuple[str, ...], sockets: dict[str, int], directory: Path) -> str:
     """What it prints. Its processes end with it, whatever state they are in."""
+    (directory / "initrd").write_bytes(initrd.build(kernel(), INIT + script, modules=modules))
+    command = [UML, "mem=64M", f"initrd={directory / 'initrd'}", "root=/dev/ram0", "rw", "quiet"]
+    command += ["con=null", "con0=fd:0,fd:1"]
+    command += [f"virtio_uml.device={directory / name}:{kind}" for name, kind in sockets.items()]
     printed = directory / "printed"
     with (
         printed.open("wb") as out,
