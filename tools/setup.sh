@@ -49,22 +49,27 @@ if_there_is() {
     if apt-cache show "$1" >/dev/null 2>&1; then echo "$1"; fi
 }
 
+# What both commands need: a compiler, a guest, the lab.
 missing_packages() {
     command -v cc >/dev/null || echo gcc libc6-dev
     command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
     has_any /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/lib/virtiofsd || virtiofsd_package
-    has_any /usr/share/seabios/bios-256k.bin || echo seabios
     has_kernel || kernel_package
-    command -v linux.uml >/dev/null || if_there_is user-mode-linux
-    command -v dpdk-testpmd >/dev/null || if_there_is dpdk-dev
     has_static_busybox || echo busybox-static
-    command -v nbdkit >/dev/null || echo nbdkit nbdkit-plugin-python
-    command -v qemu-nbd >/dev/null || echo qemu-utils
-    command -v nbdkit >/dev/null || echo nbdkit
-    [ -n "$(find /usr/lib -name nbdkit-python-plugin.so -print -quit 2>/dev/null)" ] || echo nbdkit-plugin-python
     command -v zstd >/dev/null || echo zstd
     command -v lz4 >/dev/null || echo lz4
     command -v xz >/dev/null || echo xz-utils
+}
+
+# What only the tests need: firmware, and peers to talk to.
+missing_for_tests() {
+    missing_packages
+    has_any /usr/share/seabios/bios-256k.bin || echo seabios
+    command -v linux.uml >/dev/null || if_there_is user-mode-linux
+    command -v dpdk-testpmd >/dev/null || if_there_is dpdk-dev
+    command -v nbdkit >/dev/null || echo nbdkit
+    [ -n "$(find /usr/lib -name nbdkit-python-plugin.so -print -quit 2>/dev/null)" ] || echo nbdkit-plugin-python
+    command -v qemu-nbd >/dev/null || echo qemu-utils
     PATH="$PATH:/usr/sbin:/sbin" command -v ip >/dev/null || echo iproute2
     command -v passt >/dev/null || echo passt
     PATH="$PATH:/usr/sbin:/sbin" command -v mkfs.ext4 >/dev/null || echo e2fsprogs
@@ -91,13 +96,14 @@ install_packages() {
     rm "$log"
 }
 
+# install_missing LIST: what the function LIST names.
 install_missing() {
     local missing
-    missing=$(missing_packages)
+    missing=$("$1")
     [ -n "$missing" ] || return 0
     if may_install; then
         as_root apt-get update -qq || say "apt-get update failed"
-        missing=$(missing_packages) # names depend on the release
+        missing=$("$1") # names depend on the release
     fi
     # shellcheck disable=SC2086
     install_packages $missing
@@ -187,9 +193,10 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependenc
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $packages || fail "pip could not install $packages"
 }
 
+# set_up LIST: everything, with the Debian packages that the function LIST names.
 set_up() {
     [ "$(uname -sm)" = "Linux x86_64" ] || fail "this is $(uname -sm); Linux x86_64 is needed"
-    install_missing
+    install_missing "$1"
     readable_kernels
     find_cargo
     make_venv
