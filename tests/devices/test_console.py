@@ -92,8 +92,9 @@ class Ports:
             self.say(number, Control.PORT_OPEN)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def wire() -> Iterator[Wire]:
+    """Made before the guest, as all that is used automatically, so that it outlives the console."""
     chardev = Wire()
     yield chardev
     chardev.close()
