@@ -99,6 +99,7 @@ def test_mistakes_are_one_line_each(tmp_path: Path) -> None:
     taken = unix | {"addr__path": tmp_path / "taken"}
     inet: dict[str, Any] = {"addr__type": "inet"}
     local: dict[str, Any] = {"local__type": "unix", "local__path": tmp_path / "l"}
+    four: dict[str, Any] = {"local__type": "inet", "local__host": "127.0.0.1", "local__port": 9}
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: Stream(**unix), "addr.path is required with addr.type=unix"),
         (lambda: Stream(**inet, addr__port=1), "addr.host and addr.port are required with addr.type=inet"),
@@ -108,9 +109,20 @@ def test_mistakes_are_one_line_each(tmp_path: Path) -> None:
             lambda: Stream(**taken, server=True),
             f"{tmp_path}/taken: Address already in use",
         ),
-        (lambda: Stream(**unix, addr__path=Path("x" * 200)), f"{'x' * 200}: AF_UNIX path too long"),
+        (
+            lambda: Stream(**unix, addr__path=Path("x" * 200)),
+            f"addr.path={'x' * 200}: 200 bytes, at most 107 are allowed",
+        ),
         (lambda: Dgram(**local, remote__type="unix"), "remote.path is required with remote.type=unix"),
         (lambda: Dgram(**local, remote__type="inet"), "remote.type=inet: not the same as local.type=unix"),
+        (
+            lambda: Dgram(**local, remote__type="unix", remote__path=Path("x" * 108)),
+            f"remote.path={'x' * 108}: 108 bytes, at most 107 are allowed",
+        ),
+        (
+            lambda: Dgram(**four, remote__type="inet", remote__host="::1", remote__port=9),
+            "remote.host=::1: not of the same address family as local.host=127.0.0.1",
+        ),
     ]
     port = free_port(socket.SOCK_STREAM)
     refused = f"127.0.0.1:{port}: Connection refused"

@@ -16,6 +16,8 @@ from pyvirtio.properties import Range
 Kind = Literal["unix", "inet"]
 Port = Annotated[int | None, "for inet: port", Range(1, 65535)]
 RETRY_SECONDS = 0.5
+MAX_PATH = 107
+"""Bytes of a Unix socket's path (unix(7))."""
 
 log = logging.getLogger("pyvirtio")
 
@@ -73,6 +75,8 @@ class Dgram(NetBackend):
             raise ConfigError(f"remote.type={remote__type}: not the same as local.type={local__type}")
         local = _address("local", local__type, local__path, local__host, local__port, socket.SOCK_DGRAM)
         remote = _address("remote", remote__type, remote__path, remote__host, remote__port, socket.SOCK_DGRAM)
+        if remote[0] != local[0]:
+            raise ConfigError(f"remote.host={remote__host}: not of the same address family as local.host={local__host}")
         self._path = local__path if local__type == "unix" else None
         self._remote = remote[1]
         self._socket = _bound(*local, socket.SOCK_DGRAM)
@@ -113,6 +117,8 @@ def _address(
     if kind == "unix":
         if path is None:
             raise ConfigError(f"{prefix}.path is required with {prefix}.type=unix")
+        if len(os.fsencode(path)) > MAX_PATH:
+            raise ConfigError(f"{prefix}.path={path}: {len(os.fsencode(path))} bytes, at most {MAX_PATH} are allowed")
         return socket.AF_UNIX, str(path)
     if not host or port is None:
         raise ConfigError(f"{prefix}.host and {prefix}.port are required with {prefix}.type=inet")
