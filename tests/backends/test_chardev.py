@@ -140,7 +140,7 @@ def test_a_server_may_wait_for_its_first_peer(
     assert server.connected
     thread.join()
     peers.pop().close()
-    assert capsys.readouterr().out == f"waiting for connection on {tmp_path}/s (c0)\n"
+    assert capsys.readouterr().err == f"waiting for connection on {tmp_path}/s (c0)\n"
 
 
 def test_a_file_is_replaced_or_continued(tmp_path: Path, opened: list[Chardev]) -> None:

@@ -78,6 +78,7 @@ REFUSED = {
     "--chardev null,id=c0 --device virtio-console-pci,chardev=c0 --device virtio-console-pci,chardev=c0":
         "console1: chardev c0 is in use by another port",
     "--chardev null": "--chardev: id= is required",
+    "--chardev id=c0": "--chardev: backend= is required",
     "--chardev null,id=c0 --chardev null,id=c0": "id=c0 is already in use",
     "--chardev ringbuf,id=c0": "--chardev: unknown backend 'ringbuf' (known: file, null, pty, socket, stdio)",
     "--chardev file,id=c0": "c0: path is required",
@@ -86,9 +87,13 @@ REFUSED = {
     "--chardev socket,id=c0": "c0: give where it is, either path=PATH or port=NUMBER",
     "--chardev socket,id=c0,path=s": "c0: s: No such file or directory",
     "--chardev socket,id=c0,path=text,server=on": "c0: text: Address already in use",
+    f"--chardev socket,id=c0,path={'x' * 200},server=on": "xxx: AF_UNIX path too long",
+    "--chardev socket,id=c0,path=s,wait=on": "c0: wait=on is allowed with server=on only",
+    "--chardev socket,id=c0,path=s,server=on,reconnect=3": "c0: reconnect=3 is allowed with server=off only",
     "--chardev socket,id=c0,port=99999": "c0: port=99999 is not allowed: an integer, 1 to 65535",
     "--chardev pty,id=c0,path=nowhere/tty": "c0: nowhere/tty: No such file or directory",
     "--chardev stdio,id=c0": "c0: standard input and output are the serial port's; give --serial null or file:PATH",
+    "--serial null --chardev stdio,id=c0 --chardev stdio,id=c1": "c1: standard input and output are c0's",
     "-m lots": "argument -m/--memory: lots is not a size such as 512M or 2G",
     "-m 1M": "memory of 1 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
     "-m 20M": "memory of 20 MiB: kernel kernel and its initrd (0 MiB) need at least 25 MiB",
@@ -179,6 +184,14 @@ def test_dry_run_shows_what_would_be_built(capsys: pytest.CaptureFixture[str]) -
     assert blk["backend"] == "disk.img (1M, read-only)"
     assert {bar["space"] for bar in blk["bars"]} == {"I/O", "memory"}
     assert (rng["device"], rng["ioeventfd"], rng["backend"]) == ("dice", True, None)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_for_programs_is_not_mixed_with_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--chardev pty,id=c0 --json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["devices"] == []
+    assert "(label c0)" in captured.err
 
 
 @pytest.mark.usefixtures("here")

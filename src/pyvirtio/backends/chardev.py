@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import termios
 import tty
 from contextlib import ExitStack, suppress
@@ -196,7 +197,7 @@ class Pty(Chardev):
             self._poll.register(master, 0)
             if path is not None:
                 self._link(path)
-        print(f"char device redirected to {self.terminal} (label {name})", flush=True)
+        print(f"char device redirected to {self.terminal} (label {name})", file=sys.stderr, flush=True)
 
     def _link(self, path: Path) -> None:
         try:
@@ -234,6 +235,10 @@ class Socket(Chardev):
         super().__init__(name)
         if (path is None) is (port is None):
             raise ConfigError("give where it is, either path=PATH or port=NUMBER")
+        if wait and not server:
+            raise ConfigError("wait=on is allowed with server=on only")
+        if reconnect and server:
+            raise ConfigError(f"reconnect={reconnect} is allowed with server=off only")
         self.connected = False
         self._address: Any = str(path) if path is not None else (host, port)
         self._family = socket.AF_UNIX if path is not None else socket.AF_INET
@@ -260,12 +265,12 @@ class Socket(Chardev):
             listener.bind(self._address)
             listener.listen(1)
         except OSError as error:
-            raise ConfigError(f"{self._where}: {error.strerror}") from error
+            raise ConfigError(f"{self._where}: {error.strerror or error}") from error
         if self._family is socket.AF_UNIX:
             self._closing.callback(Path(self._address).unlink, missing_ok=True)
         self._listener = listener
         if wait:
-            print(f"waiting for connection on {self._where} ({self.name})", flush=True)
+            print(f"waiting for connection on {self._where} ({self.name})", file=sys.stderr, flush=True)
             self._take(listener.accept()[0])
         listener.setblocking(False)
         self.watch(listener.fileno())

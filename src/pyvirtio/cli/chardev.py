@@ -24,13 +24,14 @@ def show_help(texts: list[str]) -> bool:
 
 
 def stdio_is_free(texts: list[str], serial: str) -> None:
-    """`ConfigError` if both the serial port and a character device want standard input and output."""
+    """`ConfigError` if two of the serial port and the character devices want standard input and output."""
+    owner = "the serial port's; give --serial null or file:PATH" if serial == "stdio" else ""
     for options in (parse(text, implied="backend") for text in texts):
-        if options["backend"] == "stdio" and serial == "stdio":
+        if options.get("backend") == "stdio":
             name = options.get("id", "stdio")
-            raise ConfigError(
-                f"{name}: standard input and output are the serial port's; give --serial null or file:PATH"
-            )
+            if owner:
+                raise ConfigError(f"{name}: standard input and output are {owner}")
+            owner = f"{name}'s"
 
 
 def open_chardevs(texts: list[str], on_close: Callable[[Callable[[], object]], object]) -> dict[str, Chardev]:
