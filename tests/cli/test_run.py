@@ -100,6 +100,8 @@ REFUSED = {
     "--smp many": "argument --smp: many is not a number of CPUs",
     "--smp 0": "smp 0: allowed are 1 to 128",
     "--kernel nowhere": "kernel nowhere: No such file or directory",
+    "--restore nowhere": "snapshot nowhere: No such file or directory",
+    "--restore text": "snapshot text: truncated, damaged, or no snapshot (File is not a zip file)",
     "--kernel text": "kernel text: not a bzImage",
     "--kernel .": "kernel .: not a file",
     "--initrd nowhere": "initrd nowhere: No such file or directory",

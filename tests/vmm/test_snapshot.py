@@ -317,6 +317,12 @@ def test_the_command_says_it_in_one_line(image: Path, taken: Path, capsys: pytes
         capsys.readouterr().err
         == f"pyvirtio: snapshot {taken}: devices of that machine: {devices}; of this one: none\n"
     )
+    assert main([*options, "--restore", str(taken), "--dry-run"]) == 2
+    assert f"devices of that machine: {devices}" in capsys.readouterr().err
+    rewrite(taken, lambda c: c["machine"].update(devices=""))
+    assert main([*options, "--restore", str(taken), "--dry-run"]) == 0
+    assert main([*options, "-m", "32M", "--restore", str(taken), "--dry-run"]) == 2
+    assert "memory of that machine: 16M; of this one: 32M" in capsys.readouterr().err
     assert main([*options, "--restore", "nothing"]) == 2
     assert capsys.readouterr().err == "pyvirtio: snapshot nothing: No such file or directory\n"
 

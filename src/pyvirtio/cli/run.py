@@ -14,6 +14,7 @@ from pyvirtio.cli import chardev, faults, netdev, plug
 from pyvirtio.errors import ConfigError
 from pyvirtio.lint import Lint
 from pyvirtio.properties import parse_size
+from pyvirtio.vmm import snapshot
 from pyvirtio.vmm.board import Board, allocate
 from pyvirtio.vmm.boot import Kernel, LinuxBoot, read_file
 from pyvirtio.vmm.firmware import Firmware
@@ -102,12 +103,12 @@ def main(args: argparse.Namespace) -> int:
     chardev.stdio_is_free(args.chardev, args.serial)
     check_cpus(args.smp)
     if args.dry_run:
-        with _rehearsal(args) as board:
+        with _rehearsal(boot, args) as board:
             plug.describe(board, args)
         return 0
     reason = linux_capable()
     if isinstance(boot, LinuxBoot) and reason:
-        with _rehearsal(args):  # a mistake in the options comes first
+        with _rehearsal(boot, args):  # a mistake in the options comes first
             raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
     return _run(boot, args)
 
@@ -120,12 +121,15 @@ def _fill_standard_fds() -> None:
 
 
 @contextmanager
-def _rehearsal(args: argparse.Namespace) -> Iterator[Board]:
-    """The board with its devices, without KVM."""
+def _rehearsal(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> Iterator[Board]:
+    """The board with its devices, without KVM; the snapshot would fit."""
     from pyvirtio.accel.inproc import InProcess
 
-    with Board(InProcess(allocate(args.memory))) as board:
+    memory = allocate(args.memory)
+    with Board(InProcess(memory)) as board:
         plug.plug(board, args)
+        if args.restore:
+            snapshot.check(args.restore, snapshot.describe(boot, memory, args.smp, board.devices))
         yield board
 
 

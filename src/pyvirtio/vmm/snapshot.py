@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
@@ -22,6 +22,8 @@ from pyvirtio.properties import show_size
 from pyvirtio.vmm.firmware import Firmware
 
 if TYPE_CHECKING:
+    from pyvirtio.transports.pci import VirtioPci
+    from pyvirtio.vmm.boot import LinuxBoot
     from pyvirtio.vmm.machine import Machine
 
 VERSION = 1
@@ -58,16 +60,29 @@ def write(machine: Machine, path: Path) -> None:
 
 def read(machine: Machine, path: Path) -> None:
     """Fill `machine`, which has not booted. `ConfigError` for a file that is no snapshot of such a machine."""
+    with _opened(path, _description(machine)) as (archive, contents):
+        with archive.open(MEMORY) as memory:
+            for address, length in contents["extents"]:
+                _load(machine.memory, memory, address, length)
+            if memory.read(1):
+                raise ValueError("more memory than it says")
+        machine.load(contents["state"])
+
+
+def check(path: Path, machine: dict[str, Any]) -> None:
+    """`ConfigError` for a file that is no snapshot of what `describe` describes; its memory and state are not read."""
+    with _opened(path, machine):
+        pass
+
+
+@contextmanager
+def _opened(path: Path, machine: dict[str, Any]) -> Iterator[tuple[ZipFile, dict[str, Any]]]:
+    """The file and what its `machine.json` says. All that is wrong with it becomes a `ConfigError`."""
     try:
         with ZipFile(path) as archive:
             contents = decode(archive.read(STATE))
-            _check(contents, describe(machine))
-            with archive.open(MEMORY) as memory:
-                for address, length in contents["extents"]:
-                    _load(machine.memory, memory, address, length)
-                if memory.read(1):
-                    raise ValueError("more memory than it says")
-        machine.load(contents["state"])
+            _check(contents, machine)
+            yield archive, contents
     except ConfigError as error:
         raise ConfigError(f"snapshot {path}: {error}") from error
     except (OSError, RuntimeError, GuestError) as error:
@@ -76,15 +91,18 @@ def read(machine: Machine, path: Path) -> None:
         raise ConfigError(f"snapshot {path}: truncated, damaged, or no snapshot ({error})") from error
 
 
-def describe(machine: Machine) -> dict[str, Any]:
+def describe(boot: LinuxBoot | Firmware, memory: GuestMemory, smp: int, devices: list[VirtioPci]) -> dict[str, Any]:
     """What a snapshot and the machine that it is restored in must have in common."""
-    boot = machine.boot
     return {
-        "memory": show_size(sum(size for _, size, _, _ in machine.memory.regions)),
-        "CPUs": machine.smp,
+        "memory": show_size(sum(size for _, size, _, _ in memory.regions)),
+        "CPUs": smp,
         "firmware": hashlib.sha256(boot.image).hexdigest() if isinstance(boot, Firmware) else None,
-        "devices": ", ".join(f"{f.name} ({type(f.device).__name__}, slot {f.slot})" for f in machine.devices),
+        "devices": ", ".join(f"{f.name} ({type(f.device).__name__}, slot {f.slot})" for f in devices),
     }
+
+
+def _description(machine: Machine) -> dict[str, Any]:
+    return describe(machine.boot, machine.memory, machine.smp, machine.devices)
 
 
 def _check(contents: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -101,7 +119,7 @@ def _contents(machine: Machine, extents: list[Extent]) -> dict[str, Any]:
     return {
         "kind": KIND,
         "version": VERSION,
-        "machine": describe(machine),
+        "machine": _description(machine),
         "extents": extents,
         "state": machine.save(),
     }
