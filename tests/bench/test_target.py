@@ -154,7 +154,6 @@ def test_the_cpu_time_is_that_of_who_listens_or_of_a_process_that_is_named(serve
 
 
 REFUSED = {
-    "a ring larger than the back-end's": (LOAD, 128, ProtocolError, "SET_VRING_NUM was refused|hung up"),
     "more queues than there are": (replace(LOAD, num_queues=3), 1, ConfigError, "--num-queues 3 is more than .* (1)"),
     "blocks smaller than the disk's": (replace(LOAD, block_size=512), 1, ConfigError, "--bs 512 is no multiple"),
     "less than the requests in flight": (
