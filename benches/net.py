@@ -2,9 +2,10 @@
 
 The driver's rings are filled before each round, and only the service of the queues is timed, on the thread that calls
 it: with two queue pairs on two threads at once. sink: the driver sends, nobody is there. source: frames of this
-process come in. echo: frames go out through a datagram socket that is connected to itself, and come in again. tap: the
-driver sends to an interface of the host (where making one is permitted). python: the driver sends to a `NetBackend`
-in Python.
+process come in, all on one queue. echo: frames go out through a datagram socket that is connected to itself, and come
+in again. to tap, from tap: the driver sends to an interface of the host, and receives what the host sends, where making
+one is permitted: `unshare -rn python benches/net.py` has a network of its own. python: the driver sends to a
+`NetBackend` in Python.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from measure import Report, Samples, arguments
@@ -34,8 +35,10 @@ RING = 1024
 LENGTHS = (64, 1500)
 ROUNDS = 100
 BURST = 64
-"""Frames that the socket of an echo holds."""
+"""Frames that the socket of an echo holds, and more than that a tap."""
 IFF_UP, SIOCSIFFLAGS = 1, 0x8914
+MQ, VQ_PAIRS_SET = 4, 0
+ETHERTYPE = 0x88B5
 
 Cost = tuple[int, float, float]
 """Frames, seconds, seconds of CPU time."""
@@ -62,18 +65,20 @@ class Counting(Sink):
 
 
 class Loop(NetBackend):
-    """What is sent comes back, through the kernel."""
+    """What is sent comes back on the same queue pair, through the kernel."""
 
     framing = "datagram"
 
-    def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind("")  # an abstract name
-        self.socket.connect(self.socket.getsockname())
-        self.fds = [self.socket.fileno()]
+    def __init__(self, pairs: int) -> None:
+        self.sockets = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(pairs)]
+        for each in self.sockets:
+            each.bind("")  # an abstract name
+            each.connect(each.getsockname())
+        self.fds = [each.fileno() for each in self.sockets]
 
     def close(self) -> None:
-        self.socket.close()
+        for each in self.sockets:
+            each.close()
 
 
 class Lane:
@@ -90,6 +95,12 @@ class Lane:
 
     def offer(self, count: int = RING) -> None:
         self.ring.avail_idx = self.ring.avail_idx + count
+
+    @property
+    def idle(self) -> int:
+        """Buffers that may be offered."""
+        offered: int = (self.ring.avail_idx - self.ring.used_idx) & 0xFFFF
+        return self.ring.size - offered
 
     def serve(self) -> Cost:
         """Serve what was offered; there may be less to receive."""
@@ -108,6 +119,8 @@ class Station:
         net = Net(netdev, rx_queue_size=RING, tx_queue_size=RING)
         self.driver: VirtioDriver = guest.plug(net, features=~Feature.EVENT_IDX)
         nic = Nic(self.driver, self.driver.features)
+        if len(nic.rx) > 1:
+            nic.command(MQ, VQ_PAIRS_SET, struct.pack("<H", len(nic.rx)))
         vqs = self.driver.function.dataplane.queues
         self.rx = [Lane(queue, vqs[queue.index], length, writable=True) for queue in nic.rx]
         self.tx = [Lane(queue, vqs[queue.index], length, writable=False) for queue in nic.tx]
@@ -161,7 +174,11 @@ def receiving(station: Station, length: int) -> Cost:
 
 
 def echoing(station: Station) -> Cost:
-    (rx,), (tx,), costs = station.rx, station.tx, []
+    return together([partial(echo, rx, tx) for rx, tx in zip(station.rx, station.tx, strict=True)])
+
+
+def echo(rx: Lane, tx: Lane) -> Cost:
+    costs = []
     for _ in range(10 * ROUNDS):
         tx.offer(BURST)
         sent = tx.serve()
@@ -171,28 +188,43 @@ def echoing(station: Station) -> Cost:
     return total(costs)
 
 
+def hearing(station: Station, host: socket.socket, length: int) -> Cost:
+    (lane,), costs = station.rx, []
+    frame = (b"\xff" * 6 + bytes(6) + struct.pack(">H", ETHERTYPE)).ljust(length, b"x")
+    for _ in range(10 * ROUNDS):
+        for _ in range(BURST):
+            host.send(frame)
+        lane.offer(lane.idle)
+        costs.append(lane.serve())
+    return total(costs)
+
+
 @contextmanager
 def stations(length: int) -> Iterator[dict[str, Callable[[], Cost]]]:
     """What is measured, by name."""
-    with Guest(ioeventfd=False, memory=256 * MIB) as guest:
-        source, echo = Station(guest, Sink(1), length), Station(guest, Loop(), length)
+    with ExitStack() as stack:
+        guest = stack.enter_context(Guest(ioeventfd=False, memory=256 * MIB))
         modes: dict[str, Callable[[], Cost]] = {}
         for pairs in (1, 2):
+            queues = f"{pairs} queue{'s' * (pairs > 1)}"
             for name, kind in (("sink", Sink), ("python", Counting)):
-                station = Station(guest, kind(pairs), length)
-                modes[f"{name}, {pairs} queue{'s' * (pairs > 1)}"] = partial(sending, station)
-        modes["source, 1 queue"] = partial(receiving, source, length)
-        modes["echo, 1 queue"] = partial(echoing, echo)
-        if tap := open_tap():
-            station = Station(guest, tap, length)
-            modes["tap, 1 queue"] = partial(sending, station)
+                modes[f"{name}, {queues}"] = partial(sending, Station(guest, kind(pairs), length))
+            modes[f"echo, {queues}"] = partial(echoing, Station(guest, Loop(pairs), length))
+            if tap := open_tap(pairs):
+                station = Station(guest, tap, length)
+                modes[f"to tap, {queues}"] = partial(sending, station)
+                if pairs == 1:
+                    host = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+                    host.bind((tap.ifname, 0))
+                    modes[f"from tap, {queues}"] = partial(hearing, station, host, length)
+        modes["source, 1 queue"] = partial(receiving, Station(guest, Sink(1), length), length)
         yield modes
 
 
-def open_tap() -> Tap | None:
+def open_tap(pairs: int) -> Tap | None:
     """An interface that is up, if that is permitted."""
     try:
-        tap = Tap()
+        tap = Tap(queues=pairs)
     except ConfigError:
         return None
     with socket.socket() as control:
