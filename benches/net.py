@@ -99,8 +99,8 @@ class Lane:
     @property
     def idle(self) -> int:
         """Buffers that may be offered."""
-        offered: int = (self.ring.avail_idx - self.ring.used_idx) & 0xFFFF
-        return self.ring.size - offered
+        idle: int = self.ring.size - ((self.ring.avail_idx - self.ring.used_idx) & 0xFFFF)
+        return idle
 
     def serve(self) -> Cost:
         """Serve what was offered; there may be less to receive."""
