@@ -102,6 +102,8 @@ def test_mistakes_are_one_line_each(tmp_path: Path) -> None:
     four: dict[str, Any] = {"local__type": "inet", "local__host": "127.0.0.1", "local__port": 9}
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: Stream(**unix), "addr.path is required with addr.type=unix"),
+        (lambda: Stream(**taken, addr__port=1), "addr.host and addr.port are not allowed with addr.type=unix"),
+        (lambda: Stream(**inet, addr__path=tmp_path / "s"), "addr.path is not allowed with addr.type=inet"),
         (lambda: Stream(**inet, addr__port=1), "addr.host and addr.port are required with addr.type=inet"),
         (lambda: Stream(**inet, addr__host="127.0.0.1"), "addr.host and addr.port are required with addr.type=inet"),
         (lambda: Stream(**unix, addr__path=tmp_path / "s"), f"{tmp_path}/s: No such file or directory"),

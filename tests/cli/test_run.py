@@ -46,6 +46,8 @@ REFUSED = {
     "--device virtio-rng-pci,slot=3 --device virtio-rng-pci,slot=3": "slot 3 is taken",
     "--device virtio-rng-pci,id=a --device virtio-rng-pci,id=a": "id=a is already in use",
     "--device virtio-rng-pci,iothread=io9": "iothread=io9 is not the id of",
+    "--object iothread,id=a --device virtio-rng-pci,iothread=a,iothread-vq-mapping=a":
+        "rng0: give either iothread= or iothread-vq-mapping=",
     "--device virtio-blk-pci": "blk0: drive is required",
     "--device virtio-blk-pci,drive=d0": "drive=d0 is not the id of",
     "--device virtio-rng-pci " * 32: "pci: no free slot for rng31: a bus has 31",

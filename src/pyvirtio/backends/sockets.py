@@ -115,11 +115,15 @@ def _address(
 ) -> tuple[socket.AddressFamily, Any]:
     """The family and the address of a socket that `PREFIX.type=`, `.path=`, `.host=` and `.port=` describe."""
     if kind == "unix":
+        if host or port is not None:
+            raise ConfigError(f"{prefix}.host and {prefix}.port are not allowed with {prefix}.type=unix")
         if path is None:
             raise ConfigError(f"{prefix}.path is required with {prefix}.type=unix")
         if len(os.fsencode(path)) > MAX_PATH:
             raise ConfigError(f"{prefix}.path={path}: {len(os.fsencode(path))} bytes, at most {MAX_PATH} are allowed")
         return socket.AF_UNIX, str(path)
+    if path is not None:
+        raise ConfigError(f"{prefix}.path is not allowed with {prefix}.type=inet")
     if not host or port is None:
         raise ConfigError(f"{prefix}.host and {prefix}.port are required with {prefix}.type=inet")
     try:

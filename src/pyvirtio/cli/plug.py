@@ -99,6 +99,8 @@ def _add_device(board: Board, backends: Backends, options: dict[str, str]) -> No
     name = take_id(options, taken, driver, otherwise=next_name(cls, taken))
     if "slot" not in options:
         options["slot"] = str(board.free_slot(name))
+    if {"iothread", "iothread-vq-mapping"} <= options.keys():
+        raise ConfigError(f"{name}: give either iothread= or iothread-vq-mapping=")
     options.setdefault("iothread", board.iothread.name)
     own, pci = bind_each((cls, VirtioPci), options, name, backends.references | {IoThread: board.iothreads}, GIVEN)
     board.add(make(cls, own, name, [*backends.drives.values(), *backends.netdevs.values()]), name, **pci)
