@@ -1,6 +1,7 @@
 """`pyvirtio run` as far as it goes without a guest: what it refuses, and what it says it would build."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from bzimage import write_bzimage
 
 from pyvirtio.cli.main import main
 from pyvirtio.testing.plugin import nothing_left_behind
+from pyvirtio.testing.queue import HANG
 
 DISK_SIZE = 1 << 20
 
@@ -188,6 +190,19 @@ def test_dry_run_shows_what_would_be_built(capsys: pytest.CaptureFixture[str]) -
     assert blk["backend"] == "disk.img (1M, read-only)"
     assert {bar["space"] for bar in blk["bars"]} == {"I/O", "memory"}
     assert (rng["device"], rng["ioeventfd"], rng["backend"]) == ("dice", True, None)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_it_waits_for_a_peer_leaves_nothing_behind(number: signal.Signals) -> None:
+    before = sorted(Path().iterdir())
+    command = "run --kernel kernel --dry-run --chardev socket,id=c0,path=s,server=on,wait=on"
+    with subprocess.Popen([sys.executable, "-m", "pyvirtio", *command.split()], stderr=subprocess.PIPE) as program:
+        assert program.stderr
+        assert program.stderr.readline() == b"waiting for connection on s (c0)\n"
+        program.send_signal(number)
+        assert program.wait(HANG) == 128 + number
+    assert sorted(Path().iterdir()) == before
 
 
 @pytest.mark.usefixtures("here")

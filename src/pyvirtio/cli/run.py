@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -103,14 +104,15 @@ def main(args: argparse.Namespace) -> int:
     chardev.stdio_is_free(args.chardev, args.serial)
     check_cpus(args.smp)
     if args.dry_run:
-        with _rehearsal(boot, args) as board:
+        with _handling(_leave), _rehearsal(boot, args) as board:
             plug.describe(board, args)
         return 0
     reason = linux_capable()
     if isinstance(boot, LinuxBoot) and reason:
         with _rehearsal(boot, args):  # a mistake in the options comes first
             raise ConfigError(f"{reason}: Linux cannot run here; try `pyvirtio lab -- pyvirtio run ...`")
-    return _run(boot, args)
+    with _handling(_leave):
+        return _run(boot, args)
 
 
 def _fill_standard_fds() -> None:
@@ -178,9 +180,20 @@ def _quit_on_signals(machine: Machine) -> Iterator[list[int]]:
         caught.append(number)
         machine.quit()
 
+    with _handling(handle):
+        yield caught
+
+
+def _leave(number: int, _: object) -> None:
+    """Undo what was built so far, while nothing runs yet."""
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _handling(handle: Callable[[int, object], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in ORDERLY}
     try:
-        yield caught
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
