@@ -118,7 +118,8 @@ def _run_in_lab(plan: "Plan", report: "Report") -> int:
     from pyvirtio.lab import Lab
 
     command = [sys.executable, "-m", "pyvirtio.demo.measure", json.dumps(asdict(plan))]
-    return Lab(timeout=LAB_TIMEOUT).run(command, EventLines(report).feed)
+    # One for the guest's only CPU, one for the I/O thread.
+    return Lab(cpus=2, timeout=LAB_TIMEOUT).run(command, EventLines(report).feed)
 
 
 def _check(args: argparse.Namespace) -> int:

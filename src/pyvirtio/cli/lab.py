@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", metavar="DIR", type=Path, action="append", default=[], help="COMMAND writes to this directory"
     )
-    parser.add_argument("--smp", metavar="N", type=int, default=2, help="CPUs of the machine (2)")
+    parser.add_argument("--smp", metavar="N", type=int, default=1, help="CPUs of the machine (1)")
     parser.add_argument("--mem", metavar="SIZE", default="2048M", help="its memory (2048M)")
     parser.add_argument("--timeout", metavar="S", type=float, default=600, help="end COMMAND after S seconds (600)")
     parser.add_argument("--kernel", metavar="VERSION", help="a kernel of /boot (the newest cloud kernel)")

@@ -37,10 +37,11 @@ class Lab:
     """A machine with a hardware-like `/dev/kvm` that runs one command on the host's files.
 
     What the command writes stays in the machine's memory and is lost, except below the directories in `keep`,
-    or anywhere if `writable`. `memory` is in bytes, `timeout` in seconds.
+    or anywhere if `writable`. `memory` is in bytes, `timeout` in seconds. With several `cpus` a guest of several CPUs
+    now and then brings the emulation down: see docs/lab.md.
     """
 
-    cpus: int = 2
+    cpus: int = 1
     memory: int = 2048 * _MIB
     timeout: float = 600
     writable: bool = False
