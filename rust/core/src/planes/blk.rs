@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
+use super::pace::Pace;
 pub use super::transfer::Buffers;
 use super::transfer::{in_pieces, transfer};
 use crate::chain::{Chain, ChainError, Segment};
@@ -28,14 +28,6 @@ const S_UNSUPP: u8 = 2;
 const FLAG_UNMAP: u32 = 1;
 const STATUS_BYTES: usize = 1;
 const RANGE_BYTES: usize = 16;
-
-/// So many requests are published together: the driver goes on with them while the next ones are served.
-const PUBLISHED: u32 = 64;
-/// A request that took longer does not wait for the rest of its batch.
-const SLOW: Duration = Duration::from_millis(1);
-/// After requests that took less, the next ones are taken to be quick too: twice as many, up to a limit.
-const QUICK: Duration = Duration::from_micros(5);
-const MAX_STRIDE: u32 = 16;
 
 /// Why a request was not done.
 #[derive(Debug)]
@@ -160,40 +152,6 @@ impl Handler for BlkPlane {
                 vq.publish();
             }
         }
-    }
-}
-
-/// When to publish within a batch. While requests are quick the clock is read for some of them only.
-struct Pace {
-    since: Instant,
-    stride: u32,
-    left: u32,
-    unpublished: u32,
-}
-
-impl Pace {
-    fn new() -> Self {
-        Self { since: Instant::now(), stride: 1, left: 1, unpublished: 0 }
-    }
-
-    /// A request was answered; true if the driver should know by now.
-    fn answered(&mut self) -> bool {
-        self.unpublished += 1;
-        self.left -= 1;
-        let due = self.unpublished == PUBLISHED || (self.left == 0 && self.is_slow());
-        if due {
-            self.unpublished = 0;
-        }
-        due
-    }
-
-    fn is_slow(&mut self) -> bool {
-        let now = Instant::now();
-        let each = (now - self.since) / self.stride;
-        self.since = now;
-        self.stride = if each < QUICK { (2 * self.stride).min(MAX_STRIDE) } else { 1 };
-        self.left = self.stride;
-        each > SLOW
     }
 }
 

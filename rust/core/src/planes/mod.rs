@@ -5,6 +5,7 @@ pub mod blk;
 mod file;
 pub mod net;
 mod null;
+mod pace;
 mod transfer;
 mod uring;
 

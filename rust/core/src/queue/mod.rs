@@ -5,6 +5,7 @@ pub mod doorbell;
 mod inflight;
 mod inflight_packed;
 pub mod laps;
+mod life;
 #[cfg(all(test, loom))]
 mod model;
 #[cfg(all(test, loom))]
@@ -22,7 +23,6 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use self::doorbell::{Doorbell, Drained};
 pub use self::inflight::InflightRegion;
-use self::ring::Ring;
 pub(crate) use self::ring::{Receipt, Used};
 use self::service::{this_thread, Active, Served};
 use self::tap::Tap;
@@ -157,69 +157,6 @@ impl VirtQueue {
         *self.interrupt.write().unwrap_or_else(PoisonError::into_inner) = interrupt;
     }
 
-    /// Take a ring into use. Nothing is served yet: attach, or call `service`.
-    pub fn start(&self, memory: GuestMemory, config: &RingConfig, handler: Arc<dyn Handler>) -> Result<(), GuestError> {
-        let named = |error| GuestError(format!("{}: {error}", self.name));
-        self.check_size(config).map_err(named)?;
-        let ring = Ring::new(memory, config).map_err(named)?;
-        let mut active = self.active();
-        if active.is_some() {
-            return Err(named(GuestError("the queue is started already".into())));
-        }
-        *active = Some(Active::new(ring, config.in_order, handler, self.new_tapped()));
-        Ok(())
-    }
-
-    fn check_size(&self, &RingConfig { size, packed, .. }: &RingConfig) -> Result<(), GuestError> {
-        let (most, kind) = (self.max_size, if packed { "1 or more" } else { "a power of two" });
-        if size == 0 || size > most || (!packed && !size.is_power_of_two()) {
-            return Err(GuestError(format!("{size} entries ({kind} up to {most})")));
-        }
-        Ok(())
-    }
-
-    /// Wait for a running handler, forget the ring and return its position: the next avail and used indexes.
-    ///
-    /// Called by the handler itself it does not wait, and the service ends when the handler returns.
-    pub fn stop(&self) -> (u16, u16) {
-        let _alone = (!self.is_server()).then(|| self.doorbell.entry.wait_and_enter());
-        self.finish();
-        let active = {
-            let _no_copy_runs = self.state.exclusive();
-            self.run.fetch_add(1, Ordering::Relaxed);
-            self.active().take()
-        };
-        active.map_or((0, 0), |active| active.ring.position())
-    }
-
-    /// Wait for a running handler; no chain is taken until `release`. What is out may be completed.
-    pub fn hold(&self) {
-        self.doorbell.entry.hold();
-        self.finish();
-    }
-
-    /// Wait for what the handler has asked the host for.
-    fn finish(&self) {
-        let handler = self.active().as_ref().map(|active| active.handler.clone());
-        if let (Some(handler), false) = (handler, self.is_server()) {
-            handler.finish();
-        }
-    }
-
-    /// End a `hold`. Look at the ring afterwards: attach, or call `service`.
-    pub fn release(&self) {
-        self.doorbell.entry.release();
-    }
-
-    /// Go on in other guest memory, with the ring at the same addresses; a chain that is out keeps the old one.
-    pub fn set_memory(&self, memory: &GuestMemory) -> Result<(), GuestError> {
-        let named = |error| GuestError(format!("{}: {error}", self.name));
-        match self.active().as_mut() {
-            Some(active) => active.ring.set_memory(memory.clone()).map_err(named),
-            None => Ok(()),
-        }
-    }
-
     /// From now on mark what is written to guest memory. The used ring, where it is to be marked too, counts as lying at
     /// `used`. Until the next stop; nothing while the queue is not started.
     pub fn set_log(&self, log: Option<Arc<DirtyLog>>, used: Option<u64>) {
@@ -306,14 +243,6 @@ impl VirtQueue {
         let who = handler.as_ref().map_or("the handler", |handler| handler.name());
         let name = &self.name;
         self.state.fail(&format!("{name}: {who} dropped chain {head} without complete(); each has to be completed"));
-    }
-
-    /// Serve by another handler from the next pass on; what the old one has taken is its to complete.
-    pub fn set_handler(&self, handler: Arc<dyn Handler>) {
-        let old = self.active().as_mut().map(|active| std::mem::replace(&mut active.handler, handler));
-        if let (Some(old), false) = (old, self.is_server()) {
-            old.finish();
-        }
     }
 
     /// Whether this thread is the one that serves the queue.

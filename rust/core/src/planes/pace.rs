@@ -1,0 +1,45 @@
+//! When the answers to a batch of requests are published: the driver goes on with them while the next are served.
+
+use std::time::{Duration, Instant};
+
+/// So many requests are published together: the driver goes on with them while the next ones are served.
+const PUBLISHED: u32 = 64;
+/// A request that took longer does not wait for the rest of its batch.
+const SLOW: Duration = Duration::from_millis(1);
+/// After requests that took less, the next ones are taken to be quick too: twice as many, up to a limit.
+const QUICK: Duration = Duration::from_micros(5);
+const MAX_STRIDE: u32 = 16;
+
+/// When to publish within a batch. While requests are quick the clock is read for some of them only.
+pub struct Pace {
+    since: Instant,
+    stride: u32,
+    left: u32,
+    unpublished: u32,
+}
+
+impl Pace {
+    pub fn new() -> Self {
+        Self { since: Instant::now(), stride: 1, left: 1, unpublished: 0 }
+    }
+
+    /// A request was answered; true if the driver should know by now.
+    pub fn answered(&mut self) -> bool {
+        self.unpublished += 1;
+        self.left -= 1;
+        let due = self.unpublished == PUBLISHED || (self.left == 0 && self.is_slow());
+        if due {
+            self.unpublished = 0;
+        }
+        due
+    }
+
+    fn is_slow(&mut self) -> bool {
+        let now = Instant::now();
+        let each = (now - self.since) / self.stride;
+        self.since = now;
+        self.stride = if each < QUICK { (2 * self.stride).min(MAX_STRIDE) } else { 1 };
+        self.left = self.stride;
+        each > SLOW
+    }
+}
