@@ -296,8 +296,9 @@ impl Chain {
         }
         let whole = self.written == self.segments.room;
         let used = Used { receipt: self.receipt, length: self.written, whole };
-        self.live(|| self.vq.put(used, &self.memory, self.segments.writable()))?;
+        let interrupt = self.live(|| self.vq.put(used, &self.memory, self.segments.writable()))?;
         self.completed = true;
+        self.vq.decided(interrupt);
         self.vq.pass_late();
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::ring::Ring;
 use super::service::Active;
+use super::tap::Tapped;
 use super::{Handler, RingConfig, VirtQueue};
 use crate::memory::GuestMemory;
 use crate::GuestError;
@@ -15,11 +16,13 @@ impl VirtQueue {
         let named = |error| GuestError(format!("{}: {error}", self.name));
         self.check_size(config).map_err(named)?;
         let ring = Ring::new(memory, config).map_err(named)?;
+        // In the order of `set_tap`.
+        let tap = self.tap();
         let mut active = self.active();
         if active.is_some() {
             return Err(named(GuestError("the queue is started already".into())));
         }
-        *active = Some(Active::new(ring, config.in_order, handler, self.new_tapped()));
+        *active = Some(Active::new(ring, config.in_order, handler, tap.clone().map(Tapped::new)));
         Ok(())
     }
 

@@ -47,8 +47,7 @@ pub trait Handler: Send + Sync {
     fn has_news(&self) -> bool {
         false
     }
-    /// Wait for what the host was asked for, and complete it: nobody will ask for news any more. Any thread but the one
-    /// that serves.
+    /// Wait for what the host was asked for, and complete it: nobody will ask for news any more. Never within `handle`.
     fn finish(&self) {}
 }
 
@@ -250,20 +249,22 @@ impl VirtQueue {
         self.server.load(Ordering::Relaxed) == this_thread()
     }
 
-    /// Give a chain back: published at the end of the handler's call, or at once from any other thread.
-    /// The caller keeps the epoch as it is, or a stop could come in between; without it `pass_late` follows.
-    pub(crate) fn put(&self, used: Used, memory: &GuestMemory, writable: &[Segment]) {
-        if let Some(active) = self.active().as_mut() {
-            if let Some(log) = &active.log {
-                log.mark_written(memory, writable);
-            }
-            match &mut active.tapped {
-                Some(tapped) => tapped.put(used, self.run()),
-                None => active.put(used, self.state.is_broken()),
-            }
+    /// Give a chain back: published at the end of the handler's call, or at once from any other thread. The caller keeps
+    /// the epoch as it is, or a stop could come in between; without it `decided`, with the result, and `pass_late` follow.
+    pub(crate) fn put(&self, used: Used, memory: &GuestMemory, writable: &[Segment]) -> Option<bool> {
+        let mut active = self.active();
+        let active = active.as_mut()?;
+        if let Some(log) = &active.log {
+            log.mark_written(memory, writable);
         }
-        if !self.is_server() {
-            self.publish_ring();
+        match &mut active.tapped {
+            Some(tapped) => tapped.put(used, self.run()),
+            None => active.put(used, self.state.is_broken()),
+        }
+        if self.is_server() {
+            None
+        } else {
+            active.publish()
         }
     }
 
@@ -280,7 +281,8 @@ impl VirtQueue {
         self.decided(decision);
     }
 
-    fn decided(&self, interrupt: Option<bool>) {
+    /// Act on the decision of a publication, if there was one. With nothing locked: a watch may be written in Python.
+    pub(crate) fn decided(&self, interrupt: Option<bool>) {
         if interrupt.is_some() {
             self.looked();
         }

@@ -167,11 +167,27 @@ impl VirtQueue {
         };
         handler.handle(self);
         self.publish();
-        match self.active().as_ref() {
-            Some(active) if active.budget == 0 => Pass::Spent,
-            Some(active) if active.taken > 0 => Pass::Took,
-            _ => Pass::Idle,
+        let (pass, was_exchanged) = self.ended(&handler);
+        if was_exchanged {
+            // `set_handler` asked for it too early, if this handler had not begun.
+            handler.finish();
+            self.publish();
         }
+        pass
+    }
+
+    /// How the pass of a handler ended, and whether another one serves from now on.
+    fn ended(&self, handler: &Arc<dyn Handler>) -> (Pass, bool) {
+        let active = self.active();
+        let Some(active) = active.as_ref() else {
+            return (Pass::Idle, false);
+        };
+        let pass = match active {
+            Active { budget: 0, .. } => Pass::Spent,
+            Active { taken: 0, .. } => Pass::Idle,
+            _ => Pass::Took,
+        };
+        (pass, !Arc::ptr_eq(&active.handler, handler))
     }
 
     /// The handler, if there is work for it.

@@ -1,7 +1,7 @@
 //! A tap between completed chains and the used ring, for faults on purpose. Without one it costs a comparison.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::ring::Used;
 use super::VirtQueue;
@@ -55,7 +55,7 @@ impl Tapped {
 impl VirtQueue {
     /// From now on completed chains go to `tap`, or to the driver again. Holds for all later starts of the queue.
     pub fn set_tap(&self, tap: Option<Arc<dyn Tap>>) {
-        let mut current = self.tap.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.tap();
         current.clone_from(&tap);
         // Before a chain can be put into it.
         self.has_tap.fetch_or(tap.is_some(), Ordering::Relaxed);
@@ -70,8 +70,8 @@ impl VirtQueue {
         }
     }
 
-    pub(super) fn new_tapped(&self) -> Option<Tapped> {
-        self.tap.lock().unwrap_or_else(PoisonError::into_inner).clone().map(Tapped::new)
+    pub(super) fn tap(&self) -> MutexGuard<'_, Option<Arc<dyn Tap>>> {
+        self.tap.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hand over what was completed; false if there is no tap.

@@ -15,6 +15,7 @@ mod packed;
 mod packed_driver;
 mod packed_hostile;
 mod packed_model;
+mod races;
 mod service;
 mod unpop;
 mod watches;
