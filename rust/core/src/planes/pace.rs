@@ -27,7 +27,9 @@ impl Pace {
     pub fn answered(&mut self) -> bool {
         self.unpublished += 1;
         self.left -= 1;
-        let due = self.unpublished == PUBLISHED || (self.left == 0 && self.is_slow());
+        // Before anything else: it renews `left`.
+        let slow = self.left == 0 && self.is_slow();
+        let due = slow || self.unpublished == PUBLISHED;
         if due {
             self.unpublished = 0;
         }
@@ -41,5 +43,23 @@ impl Pace {
         self.stride = if each < QUICK { (2 * self.stride).min(MAX_STRIDE) } else { 1 };
         self.left = self.stride;
         each > SLOW
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_request_is_published_wherever_it_comes_in_a_batch() {
+        for before in 0..200 {
+            let mut pace = Pace::new();
+            for _ in 0..before {
+                pace.since = Instant::now() - 2 * QUICK;
+                pace.answered();
+            }
+            pace.since = Instant::now() - 2 * SLOW;
+            assert!(pace.answered(), "after {before} others");
+        }
     }
 }
