@@ -46,7 +46,8 @@ class Disk:
     def __init__(self, backend: BlockBackend | FileIo, **options: int) -> None:
         self.memory = GuestMemory.allocate([(0, 1 << 20)])
         self.plane = BlkPlane(backend, capacity=CAPACITY, **options)  # type: ignore[arg-type]
-        self.vq = VirtQueue(DeviceState("blk0", print), "requestq", 0, SIZE)
+        self.state = DeviceState("blk0", print)
+        self.vq = VirtQueue(self.state, "requestq", 0, SIZE)
         self.start()
 
     def start(self) -> None:
@@ -251,3 +252,44 @@ def test_who_takes_a_queue_over_waits_for_what_the_host_was_asked_for(end: str) 
     answer.join()
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("aio", ["threads", "io_uring"])
+def test_a_request_without_a_status_byte_is_the_drivers_fault(tmp_path: Path, aio: str) -> None:
+    (tmp_path / "disk.img").write_bytes(b"z" * CAPACITY)
+    with (tmp_path / "disk.img").open("rb") as file:
+        disk = Disk(FileIo(file.fileno(), aio=aio))
+        disk.memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+        disk.ring.add([Desc(HEADER, 16)])
+        disk.ring.publish()
+        disk.vq.service()
+        assert disk.state.broken == "requestq: a request without a writable status byte"
+        disk.vq.stop()
+
+
+def test_a_driver_that_is_told_twice_gets_no_more_requests_under_way() -> None:
+    reader, writer = os.pipe()
+    disk = Disk(FileIo(reader, aio="io_uring"))
+    disk.vq.set_tap(lambda batch: disk.vq.give_back([*batch, *batch]))
+    disk.vq.attach()  # so that the service leaves the answers to whoever polls
+    disk.memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+
+    head = disk.ring.add([Desc(HEADER, 16), Desc(DATA, 512, WRITE), Desc(STATUS, 1, WRITE)])
+    disk.ring.next_avail -= 1
+
+    def read_one() -> None:
+        disk.ring.offer(head)
+        disk.ring.publish()
+        disk.vq.service()
+
+    for _ in range(SIZE):
+        read_one()
+    os.write(writer, b"w" * 512)
+    while disk.vq.in_flight > SIZE - 2:
+        disk.vq.service()
+    read_one()
+    read_one()
+    assert disk.state.broken == f"requestq: more requests under way than the queue has entries ({SIZE})"
+    os.close(writer)
+    disk.vq.stop()
+    os.close(reader)

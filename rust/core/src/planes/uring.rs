@@ -45,17 +45,31 @@ impl UringQueue {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begin a request, or do it at once if the ring is not for such ones; an error is why the device needs a reset.
-    fn begin(&self, ring: &mut Ring, mut chain: Chain) -> Result<(), String> {
+    /// Give a request back. What breaks the device does so before the chain is dropped, which would be another reason.
+    fn answer(&self, chain: &mut Chain, result: Result<(), Failure>) -> Result<(), Broken> {
+        self.plane.answer(chain, result).map_err(|reason| {
+            chain.vq().state().fail(&format!("{}: {reason}", chain.vq().name()));
+            Broken
+        })
+    }
+
+    /// Begin a request, or do it at once if the ring is not for such ones.
+    fn begin(&self, ring: &mut Ring, mut chain: Chain) -> Result<(), Broken> {
         let (kind, offset, pieces) = match self.plane.decode(&mut chain) {
             Ok(Op::Read { offset, length }) => (Kind::Read, offset, chain.take_writable(length)),
             Ok(Op::Write { offset, length }) => (Kind::Write, offset, chain.take_readable(length)),
             Ok(Op::Flush) => (Kind::Flush, 0, SmallVec::new()),
             decoded => {
                 let result = decoded.and_then(|op| self.plane.execute(&mut chain, op));
-                return self.plane.answer(&mut chain, result);
+                return self.answer(&mut chain, result);
             }
         };
+        if ring.free.is_empty() {
+            // The queue counts a chain twice that is given back twice, on purpose.
+            let size = ring.requests.len();
+            let reason = format!("more requests under way than the queue has entries ({size})");
+            return self.answer(&mut chain, Err(Failure::Broken(reason)));
+        }
         let mut request = Request { chain, kind, offset, done: 0, pieces, next: 0 };
         if kind == Kind::Flush {
             self.plane.counters.flushes.add(1);
@@ -64,17 +78,17 @@ impl UringQueue {
         }
         if !self.file.takes(&request.pieces) {
             let result = self.plane.transfer(&mut request.chain, &mut request.pieces, offset, kind == Kind::Write);
-            return self.plane.answer(&mut request.chain, result);
+            return self.answer(&mut request.chain, result);
         }
         match request.advance(&self.plane, 0) {
             Step::Again => ring.push(request),
-            Step::Done(result) => return self.plane.answer(&mut request.chain, result),
+            Step::Done(result) => return self.answer(&mut request.chain, result),
         }
         Ok(())
     }
 
     /// Go on with the requests that the kernel has answered.
-    fn reap(&self, ring: &mut Ring) -> Result<(), String> {
+    fn reap(&self, ring: &mut Ring) -> Result<(), Broken> {
         while let Some((mut request, answer)) = ring.pop() {
             let step = match answer {
                 Ok(0) if request.kind != Kind::Flush => Step::Done(Err(Failure::Refused)), // the file ends here
@@ -88,7 +102,7 @@ impl UringQueue {
                     if request.kind == Kind::Read {
                         self.plane.has_read(&mut request.chain, request.done);
                     }
-                    self.plane.answer(&mut request.chain, result)?;
+                    self.answer(&mut request.chain, result)?;
                 }
             }
         }
@@ -96,7 +110,7 @@ impl UringQueue {
     }
 
     /// Wait for all that was begun.
-    fn drain(&self, ring: &mut Ring) -> Result<(), String> {
+    fn drain(&self, ring: &mut Ring) -> Result<(), Broken> {
         while ring.in_flight() > 0 {
             ring.submit(1);
             self.reap(ring)?;
@@ -104,7 +118,7 @@ impl UringQueue {
         Ok(())
     }
 
-    fn serve(&self, vq: &Arc<VirtQueue>) -> Result<(), String> {
+    fn serve(&self, vq: &Arc<VirtQueue>) -> Result<(), Broken> {
         let mut ring = self.ring();
         self.reap(&mut ring)?;
         while let Some(chain) = vq.pop() {
@@ -124,9 +138,8 @@ impl UringQueue {
 
 impl Handler for UringQueue {
     fn handle(&self, vq: &Arc<VirtQueue>) {
-        if let Err(reason) = self.serve(vq) {
-            vq.state().fail(&format!("{}: {reason}", vq.name()));
-        }
+        // Whoever stops the queue waits for what was begun.
+        let _ = self.serve(vq);
     }
 
     fn has_news(&self) -> bool {
@@ -143,6 +156,9 @@ impl Handler for UringQueue {
         while self.drain(&mut ring).is_err() {}
     }
 }
+
+/// The device needs a reset, and was told why.
+struct Broken;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -237,9 +253,9 @@ impl Ring {
         self.requests.len() - self.free.len()
     }
 
-    /// There is room for it: a queue has no more chains in flight than entries.
+    /// `begin` found room for it.
     fn push(&mut self, request: Request) {
-        let place = self.free.pop().expect("a place for each entry of the queue");
+        let place = self.free.pop().expect("a place");
         let request = self.requests[usize::from(place)].insert(request);
         let entry = request.entry().user_data(place.into());
         // SAFETY: the request stays where it is, and its chain keeps the memory mapped, until the kernel has answered;
