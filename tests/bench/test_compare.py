@@ -19,7 +19,7 @@ from pyvirtio.bench.servers import MEMORY, NATIVE, NBDKIT, PYTHON, QSD, Storage
 from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.testing.vhost_user import MIB
 
-SAMPLE = Sample(8, 1000, 0, 1.0, 4096000, 1e-5, 2e-5, 3e-5, 4e-5, 0.5, 10, 10)
+SAMPLE = Sample(8, 1000, 0, 1.0, 4096000, 1e-5, 2e-5, 3e-5, 4e-5, 0.5, (1 << 20, 2 << 20), 10, 10)
 
 
 def result(server: str, round_: int, iops: int, cpu: float | None = 0.5, iodepth: int = 8) -> Result:

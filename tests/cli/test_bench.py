@@ -1,6 +1,7 @@
 """`pyvirtio bench`: what it refuses, what it prints and writes, and its exit status."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ REFUSED = {
     "blk --socket-path s --iodepth 1,,2": "--iodepth 1,,2 is not allowed",
     "blk --socket-path s --num-queues 0": "--num-queues 0 is not allowed: 1 to 64",
     "blk --socket-path s --rounds 0": "--rounds 0 is not allowed: 1 to 1000",
-    "blk --socket-path s --seconds nan": "--seconds nan is not allowed: 0.01 to 600",
+    "blk --socket-path s --seconds nan": "--seconds nan is not allowed: 0.01 to 86400",
     "blk --socket-path s --json nowhere/j": "nowhere/j cannot be written",
 }
 
@@ -56,11 +57,15 @@ def test_the_figures_of_a_server(tmp_path: Path, socket_path: Path, capsys: pyte
         options = ["--num-queues", "2", "--indirect", "--rw", "mixed", "--verify", "--json", str(tmp_path / "j")]
         assert main(["bench", "blk", "--socket-path", str(socket_path), *QUICK, *options]) == 0
         cpu = [sample["cpu"] for sample in json.loads((tmp_path / "j").read_text())["samples"]]
+        memory = [sample["rss"] for sample in json.loads((tmp_path / "j").read_text())["samples"]]
         assert server.poll() is None
     shown = capsys.readouterr().out
     assert "mixed of 4k, 2 queues, split ring, indirect descriptors, interrupts, verified." in shown
     assert [line.split()[0] for line in shown.splitlines() if "(" in line and ")" in line][:2] == ["1", "4"]
     assert all(value > 0 for value in cpu)
+    assert all(MIB < value < 1000 * MIB for pair in memory for value in pair)
+    first, last = (f"{memory[at][at] / MIB:.1f} MiB" for at in (0, -1))
+    assert f"The back-end had {first} of memory resident at the start, {last} at the end." in shown
 
 
 def test_the_json_has_the_load_and_every_sample(tmp_path: Path, socket_path: Path) -> None:
@@ -77,8 +82,8 @@ def test_the_json_has_the_load_and_every_sample(tmp_path: Path, socket_path: Pat
     assert [sample["iodepth"] for sample in figures["samples"]] == [1, 4, 1, 4]
     for sample in figures["samples"]:
         assert set(sample) == {
-            "iodepth", "requests", "errors", "seconds", "bytes", "p50", "p99", "p99_9", "max", "cpu", "kicks",
-            "interrupts",
+            "iodepth", "requests", "errors", "seconds", "bytes", "p50", "p99", "p99_9", "max", "cpu", "rss",
+            "kicks", "interrupts",
         }  # fmt: skip
 
 
@@ -129,6 +134,8 @@ def test_a_comparison_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
     assert main(["bench", "--against", "qemu-storage-daemon", *QUICK, *options]) == 0
     shown = capsys.readouterr().out
     assert "Ours against qemu-storage-daemon" in shown
+    for server in ("qemu-storage-daemon", "native", "python"):
+        assert len(re.findall(rf"null, {server}: [\d.]+ MiB of memory resident at the start, [\d.]+ MiB", shown)) == 1
     figures = json.loads((tmp_path / "j").read_text())
     assert set(figures) == {"against", "loads", "rows", "results"}
     assert figures["loads"]["null"]["size"] == 16 * MIB

@@ -1,10 +1,11 @@
 """What a measurement asks of a back-end, and the figures of one."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
+
+from pyvirtio.bench.process import Usage
 
 PATTERNS = {
     "read": (0, False),
@@ -15,7 +16,6 @@ PATTERNS = {
 }
 """fio's words: how many of 100 requests write, and whether they go to random places."""
 
-CPUCLOCK_SCHED = 2
 WARM_UP = 0.05
 """Seconds of load before each measurement: pages are touched, and busy waits are learnt."""
 
@@ -47,7 +47,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run at one depth; times are seconds. `cpu` is that of the back-end's process, if it is known."""
+    """One run at one depth; times are seconds. `cpu` is that of the back-end's process, if it is known, and `rss` the
+    bytes of memory that were resident in it before and after.
+    """
 
     iodepth: int
     requests: int
@@ -59,6 +61,7 @@ class Sample:
     p99_9: float
     max: float
     cpu: float | None
+    rss: tuple[int, int] | None
     kicks: int
     interrupts: int
 
@@ -100,20 +103,21 @@ def measured(
     iodepth: int,
     seconds: float,
     seed: int,
-    cpu: Callable[[], float | None],
+    usage: Callable[[], Usage | None],
 ) -> Sample:
-    """Run the load for some seconds, after a moment that does not count; `cpu` is the time of the back-end so far."""
+    """Run the load for some seconds, after a moment that does not count; `usage` is that of the back-end so far."""
     how: dict[str, Any] = {"write_percent": load.write_percent, "random": load.random, "iodepth": iodepth}
     run(**how, seconds=WARM_UP, seed=seed)
-    before = cpu()
+    before = usage()
     figures = run(**how, seconds=seconds, seed=seed + 1)
-    after = cpu()
+    after = usage()
     requests = figures.pop("reads") + figures.pop("writes")
     return Sample(
         iodepth=iodepth,
         requests=requests,
         bytes=requests * load.block_size,
-        cpu=None if before is None or after is None else after - before,
+        cpu=None if before is None or after is None else after.cpu - before.cpu,
+        rss=None if before is None or after is None else (before.rss, after.rss),
         **figures,
     )
 
@@ -124,9 +128,3 @@ def by_iodepth(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
     for sample in sorted(samples, key=lambda sample: sample.iodepth):
         found.setdefault(sample.iodepth, []).append(sample)
     return found
-
-
-def cpu_time(pid: int) -> float:
-    """Seconds that all threads of a process have run, those that have ended too; `OSError` if there is no such one."""
-    # The clock of clock_getcpuclockid(3), which Python has for threads only.
-    return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)

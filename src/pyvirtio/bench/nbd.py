@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from pyvirtio._core import NbdLoad
-from pyvirtio.bench.load import Load, Sample, cpu_time, measured
+from pyvirtio.bench.load import Load, Sample, measured
+from pyvirtio.bench.process import Usage
 from pyvirtio.errors import ConfigError, ProtocolError
 
 MAGIC = b"NBDMAGICIHAVEOPT"
@@ -43,7 +44,7 @@ class NbdTarget:
 
     def measure(self, iodepth: int, seconds: float, seed: int = 1) -> Sample:
         """Load the disk for some seconds, after a moment that does not count."""
-        return measured(self._client.run, self.load, iodepth, seconds, seed, lambda: cpu_time(self.pid))
+        return measured(self._client.run, self.load, iodepth, seconds, seed, lambda: Usage.of(self.pid))
 
     def check(self) -> None:
         """There is nothing to be checked: without verification."""

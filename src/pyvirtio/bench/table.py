@@ -1,10 +1,12 @@
 """Figures of measurements as tables for people; they fit a terminal of 80 columns."""
 
+from collections.abc import Iterable
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyvirtio.bench.compare import FIGURES, Row
+from pyvirtio.bench.compare import FIGURES, Result, Row
 from pyvirtio.bench.load import Load, Sample, Spread, by_iodepth
 from pyvirtio.properties import show_size
 
@@ -27,10 +29,10 @@ def samples_table(title: str, load: Load, samples: list[Sample]) -> RenderableTy
             _median(rounds, "cpu_per_request", MICRO, "{:.2f}"),
         )
     note = f"Medians (lowest-highest) of all rounds. {UNITS}"
-    return Group(table, Text(describe(load)), Text(note, "dim"))
+    return Group(table, Text(describe(load)), Text(f"The back-end had {resident(samples)}."), Text(note, "dim"))
 
 
-def ratios_table(rows: list[Row], other: str) -> RenderableType:
+def ratios_table(rows: list[Row], other: str, results: list[Result]) -> RenderableType:
     """Ours against theirs: for each storage, depth and server the ratios, and below that what they are ratios of."""
     table = _table(f"Ours against {other}", "storage", "depth", "server", "requests/s", "CPU", "p50")
     plain = _table("The figures", "storage", "depth", "server", "requests/s", "CPU", "p50")
@@ -41,7 +43,14 @@ def ratios_table(rows: list[Row], other: str) -> RenderableType:
             plain.add_row(*names, other, *_figures(row.theirs))
         plain.add_row(*names, row.server, *_figures(row.ours))
     note = f"Medians (lowest-highest) of all rounds. Ratios: ours divided by {other} in the same round. {UNITS}"
-    return Group(table, Text(), plain, Text(note, "dim"))
+    return Group(table, Text(), plain, *_memory(results), Text(note, "dim"))
+
+
+def _memory(results: list[Result]) -> Iterable[Text]:
+    """A line for each process."""
+    for storage, server in dict.fromkeys((result.storage, result.server) for result in results):
+        samples = [r.sample for r in results if (r.storage, r.server) == (storage, server)]
+        yield Text(f"{storage}, {server}: {resident(samples)}.")
 
 
 def _figures(figures: dict[str, Spread | None]) -> list[str]:
@@ -55,6 +64,14 @@ def describe(load: Load) -> str:
     completion = "polled" if load.poll else "interrupts"
     verified = ", verified" if load.verify else ""
     return f"{load.rw} of {show_size(load.block_size)}, {queues}, {ring}, {completion}{verified}."
+
+
+def resident(samples: list[Sample]) -> str:
+    """What the memory of a process was, in words; the samples are in the order in which they were taken."""
+    first, last = samples[0].rss, samples[-1].rss
+    if first is None or last is None:
+        return "an unknown amount of memory resident"
+    return f"{first[0] / MIB:.1f} MiB of memory resident at the start, {last[1] / MIB:.1f} MiB at the end"
 
 
 def spread(figure: Spread | None, form: str, factor: float = 1) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from pyvirtio._core import BlkLoad
-from pyvirtio.bench.load import Load, Sample, cpu_time, measured
+from pyvirtio.bench.load import Load, Sample, measured
+from pyvirtio.bench.process import Usage
 from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.serve.wire import ProtocolFeature, Request
 from pyvirtio.spec import SECTOR, BlkFeature, Feature
@@ -23,7 +24,7 @@ class Target:
     """A disk behind `path`, set up for loads of up to `iodepth` requests in each queue.
 
     What the user cannot have is a `ConfigError`; what the back-end does wrong a `ProtocolError`. `pid` is the process
-    whose CPU time counts, unless given the one that listens.
+    whose CPU time and memory count, unless given the one that listens.
     """
 
     def __init__(self, path: Path, load: Load, iodepth: int, pid: int | None = None) -> None:
@@ -46,7 +47,7 @@ class Target:
         """Load the disk for some seconds, after a moment that does not count."""
         run = partial(self._driver.run, poll=self.load.poll, verify=self.load.verify)
         with _faults(Path(self._vm.name)):
-            return measured(run, self.load, iodepth, seconds, seed, self._cpu)
+            return measured(run, self.load, iodepth, seconds, seed, self._usage)
 
     def check(self) -> None:
         """With `verify`: read all of the disk that is in use, and compare it with what was written."""
@@ -78,9 +79,9 @@ class Target:
         if self.load.verify:
             self._sweep(write_percent=100)
 
-    def _cpu(self) -> float | None:
+    def _usage(self) -> Usage | None:
         try:
-            return cpu_time(self.pid) if self.pid else None
+            return Usage.of(self.pid) if self.pid else None
         except OSError as error:
             raise ConfigError(f"process {self.pid}: {error.strerror}") from error
 
