@@ -104,8 +104,8 @@ impl Driver {
         let share = geometry.blocks / (setups.len() as u64).max(1);
         let queues = setups
             .into_iter()
-            .zip((0..).step_by(share as usize))
-            .map(|(setup, first)| Queue::new(memory, geometry, setup, first..first + share))
+            .zip(0..)
+            .map(|(setup, n)| Queue::new(memory, geometry, setup, n * share..(n + 1) * share))
             .collect::<Result<_, _>>()?;
         Ok(Self { queues, alarms: geometry.alarms })
     }

@@ -16,19 +16,20 @@ struct Disk {
     ring: Driver,
     eventfds: [EventFd; 3],
     sockets: (UnixStream, Option<UnixStream>),
+    blocks: u64,
 }
 
 impl Disk {
     fn new() -> Self {
         let eventfds = [(); 3].map(|()| EventFd::new().unwrap());
         let (ours, theirs) = UnixStream::pair().unwrap();
-        Self { ring: Driver::with(|ring| ring.indirect = false), eventfds, sockets: (ours, Some(theirs)) }
+        Self { ring: Driver::with(|ring| ring.indirect = false), eventfds, sockets: (ours, Some(theirs)), blocks: 64 }
     }
 
     fn run(&self, poll: bool) -> Result<u64, Fault> {
         let [kick, call, err] = &self.eventfds;
         let alarms = Alarms { connection: self.sockets.0.as_raw_fd(), err: err.as_raw_fd() };
-        let geometry = Geometry { block_size: 512, blocks: 64, max_iodepth: IODEPTH, alarms };
+        let geometry = Geometry { block_size: 512, blocks: self.blocks, max_iodepth: IODEPTH, alarms };
         let setup = QueueSetup {
             ring: self.ring.config.clone(),
             kick: kick.as_raw_fd(),
@@ -96,4 +97,10 @@ fn a_load_that_does_not_fit_the_ring_is_refused() {
     let mut disk = Disk::new();
     disk.ring.config.size = 4;
     assert_eq!(disk.run(true).unwrap_err().0, "iodepth 2 does not fit a ring of 4 descriptors");
+}
+
+#[test]
+fn an_empty_disk_is_a_fault() {
+    let disk = Disk { blocks: 0, ..Disk::new() };
+    assert_eq!(disk.run(true), Err(Fault("0 blocks are too few for iodepth 2".into())));
 }
