@@ -15,14 +15,14 @@ const SLOTS: usize = 4096;
 /// Pages are replaced one by one; those of huge pages cannot be.
 const PAGE: usize = 4096;
 
-/// A watched mapping: where it starts (0: the slot is free, 1: about to be used) and where it ends.
+/// A watched mapping: where it starts and where it ends. `CLAIMED` is behind every address, while the end is written.
 struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
 }
 
 const FREE: usize = 0;
-const CLAIMED: usize = 1;
+const CLAIMED: usize = usize::MAX;
 static WATCHED: [Slot; SLOTS] = [const { Slot { start: AtomicUsize::new(FREE), end: AtomicUsize::new(0) } }; SLOTS];
 /// What handled the signal before us. Set before the handler is installed.
 static BEFORE: OnceLock<sigaction> = OnceLock::new();
@@ -96,4 +96,20 @@ fn replace(page: usize) -> bool {
     // SAFETY: the page lies in guest memory, which the thread that was interrupted keeps mapped.
     let new = unsafe { libc::mmap(page as *mut c_void, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     new != libc::MAP_FAILED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_about_to_be_used_watches_nothing() {
+        let here = std::ptr::from_ref(&WATCHED) as usize;
+        let slot = &WATCHED[SLOTS - 1];
+        slot.start.store(CLAIMED, SeqCst);
+        slot.end.store(usize::MAX, SeqCst);
+        assert!(!is_watched(here));
+        slot.end.store(0, SeqCst);
+        slot.start.store(FREE, SeqCst);
+    }
 }
