@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,51 @@ class Pieces(BlockBackend):
 
     def pread(self, length: int, offset: int) -> bytes:
         return bytes((offset + n) % 251 for n in range(self.piece))
+
+
+class Keeper(BlockBackend):
+    """Keeps what `keep` takes of the buffers it gets."""
+
+    capacity = 8 * SECTOR
+
+    def __init__(self, keep: Callable[[list[memoryview]], object]) -> None:
+        self.keep = keep
+        self.kept: list[object] = []
+
+    def preadv(self, buffers: list[memoryview], offset: int) -> None:
+        self.kept.append(self.keep(buffers))
+
+
+def take_the_only_one(buffers: list[memoryview]) -> memoryview:
+    return buffers.pop()
+
+
+@pytest.mark.parametrize("keep", [lambda buffers: buffers, lambda buffers: buffers[0], take_the_only_one])
+def test_buffers_end_with_the_call_whatever_the_backend_keeps(
+    guest: Guest, keep: Callable[[list[memoryview]], object]
+) -> None:
+    backend = Keeper(keep)
+    disk = Disk(guest.plug(Blk(backend)))
+    for _ in range(2):
+        assert disk.submit(Kind.READ, room=512).wait() is Verdict.OK
+    for kept in backend.kept:
+        view = kept[0] if isinstance(kept, list) else kept
+        assert isinstance(view, memoryview)
+        with pytest.raises(ValueError, match="released"):
+            bytes(view)
+
+
+def test_a_slice_that_a_backend_keeps_stays_what_it_was(guest: Guest) -> None:
+    backend = Keeper(lambda buffers: buffers[0][:4])
+    disk = Disk(guest.plug(Blk(backend)))
+    first = disk.submit(Kind.READ, room=512)
+    first.wait()
+    disk.submit(Kind.READ, room=1024).wait()
+    kept = backend.kept[0]
+    assert isinstance(kept, memoryview)
+    kept[:] = b"late"
+    address, _ = first.buffer.writable[0]
+    assert guest.memory.read(address, 4) == b"late"
 
 
 @pytest.mark.parametrize("piece", [0, 1, 511])

@@ -81,6 +81,11 @@ impl GuestMemory {
         Self::new(&regions)
     }
 
+    /// Whether the two are references to the same.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The regions, by rising guest address.
     pub fn regions(&self) -> impl Iterator<Item = Region> + '_ {
         self.0.iter().map(|region| {

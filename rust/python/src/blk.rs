@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyBytes, PyDict};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyInt};
 use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
 use pyvirtio_core::planes::{FileBackend, NullBackend, UringQueue};
 use pyvirtio_core::{Handler, VirtQueue};
 
-use crate::buffer;
+use crate::buffer::{self, Views};
 use crate::errors::os_error;
 use crate::logging;
 
@@ -192,7 +193,7 @@ struct Attached(Arc<blk::BlkPlane>);
 
 impl Handler for Attached {
     fn handle(&self, vq: &Arc<VirtQueue>) {
-        Python::attach(|_| self.0.handle(vq));
+        Python::attach(|py| buffer::while_lent(py, || self.0.handle(vq)));
     }
 }
 
@@ -248,7 +249,8 @@ impl Backend for PythonBackend {
             match &self.read {
                 Transfer::InPlace(method) => in_place(py, method, into, offset, true),
                 Transfer::Copied(method) => {
-                    method.bind(py).call1((into.total(), offset)).and_then(|data| fill(into, &data))
+                    let length = PyInt::new(py, into.total());
+                    call(method.bind(py), &length, offset).and_then(|data| fill(into, &data))
                 }
                 Transfer::None => Err(undefined("pread")),
             }
@@ -264,7 +266,7 @@ impl Backend for PythonBackend {
                     from.gather(out);
                     Ok(())
                 })
-                .and_then(|data| method.bind(py).call1((data, offset)))
+                .and_then(|data| call(method.bind(py), &data, offset))
                 .and_then(|done| transferred(&done, from)),
                 Transfer::None => Err(undefined("pwrite")),
             }
@@ -346,10 +348,26 @@ fn not_all(what: &str, defect: bool, wanted: usize) -> PyErr {
 }
 
 fn in_place(py: Python<'_>, method: &Py<PyAny>, buffers: &Buffers<'_>, offset: u64, writable: bool) -> PyResult<usize> {
-    let views = buffer::views(py, buffers.memory, buffers.segments, writable)?;
-    // Released are those of a list of our own: the method may change the one it gets.
-    let lent = views.get_slice(0, views.len());
-    let done = method.bind(py).call1((&views, offset));
-    buffer::release(&lent);
+    let views = Views::of(py, buffers.memory, buffers.segments, writable)?;
+    let list = views.list(py)?;
+    let done = call(method.bind(py), &list, offset);
+    drop(list);
+    views.take_back(py);
     transferred(&done?, buffers)
+}
+
+/// Call with two arguments, without the tuple that `call1` makes for them.
+fn call<'py>(method: &Bound<'py, PyAny>, what: &Bound<'py, PyAny>, offset: u64) -> PyResult<Bound<'py, PyAny>> {
+    let py = method.py();
+    let offset = PyInt::new(py, offset);
+    // SAFETY: objects that live until the call is over, and the end of their list; what comes back is ours.
+    unsafe {
+        let done = ffi::PyObject_CallFunctionObjArgs(
+            method.as_ptr(),
+            what.as_ptr(),
+            offset.as_ptr(),
+            std::ptr::null_mut::<ffi::PyObject>(),
+        );
+        Bound::from_owned_ptr_or_err(py, done)
+    }
 }

@@ -9,7 +9,7 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 use pyvirtio_core::chain::Segment;
 use pyvirtio_core::ChainError;
 
-use crate::buffer;
+use crate::buffer::Views;
 use crate::bytes::with_bytes;
 use crate::errors::{guest_error, os_error, GuestError, StaleChain};
 
@@ -38,9 +38,10 @@ impl Chain {
     }
 
     fn lend<'py>(&self, py: Python<'py>, segments: &[Segment], writable: bool) -> PyResult<Bound<'py, PyList>> {
-        let views = buffer::views(py, self.inner.memory(), segments, writable)?;
-        buffer::lend(&views);
-        Ok(views)
+        let views = Views::of(py, self.inner.memory(), segments, writable)?;
+        let list = views.list(py);
+        views.take_back_later();
+        list
     }
 }
 
