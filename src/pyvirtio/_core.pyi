@@ -332,7 +332,8 @@ class VirtQueue:
         """Chains taken and not given back."""
     @property
     def counters(self) -> dict[str, int]:
-        """notifies (exits), kicks (signals seen), wakeups, chains, interrupts, suppressed; since the queue was made."""
+        """notifies (exits), kicks (signals seen), wakeups, answers (of the host, which woke the I/O thread), chains,
+        interrupts, suppressed; since the queue was made."""
 
 @final
 class Timer:

@@ -5,16 +5,17 @@ import resource
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from pyvirtio._core import BlkPlane, DeviceState, FileIo, GuestMemory, VirtQueue
+from pyvirtio._core import BlkPlane, DeviceState, FileIo, GuestMemory, IoThread, VirtQueue
 from pyvirtio.backends.block import BlockBackend
-from pyvirtio.testing.ring import WRITE, Desc, SplitRing
+from pyvirtio.testing.queue import HANG
+from pyvirtio.testing.ring import NO_NOTIFY, WRITE, Desc, SplitRing
 
 SIZE = 8
 HEADER, DATA, STATUS = 0x4000, 0x5000, 0x6000
@@ -180,6 +181,13 @@ def no_more_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 class Observer(BlockBackend):
     """Notes how many requests the driver knows to be done, whenever it is asked to read."""
 
@@ -293,3 +301,30 @@ def test_a_driver_that_is_told_twice_gets_no_more_requests_under_way() -> None:
     os.close(writer)
     disk.vq.stop()
     os.close(reader)
+
+
+def test_an_answer_of_the_host_is_no_kick() -> None:
+    reader, writer = os.pipe()
+    disk = Disk(FileIo(reader, aio="io_uring"))
+    loop = IoThread(poll_max_ns=0)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    disk.memory.write(HEADER, struct.pack("<IIQ", READ, 0, 0))
+    disk.ring.add([Desc(HEADER, 16), Desc(DATA, 512, WRITE), Desc(STATUS, 1, WRITE)])
+    disk.ring.publish()
+    disk.vq.attach()  # which leaves a kick, the only one
+    loop.add(disk.vq)
+    wait_until(lambda: disk.vq.in_flight == 1)
+    wait_until(lambda: not disk.ring.used_flags & NO_NOTIFY)
+    before = disk.vq.counters
+    os.write(writer, b"w" * 512)
+    wait_until(lambda: disk.ring.used_idx == 1)
+    loop.close()
+    thread.join()
+    after = disk.vq.counters
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"answers", "interrupts"}
+    loop.remove(disk.vq)
+    disk.vq.stop()
+    os.close(reader)
+    os.close(writer)

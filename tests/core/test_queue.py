@@ -65,7 +65,7 @@ def test_a_handler_answers_each_chain(ring: Ring) -> None:
     assert [ring.memory.read(answer, 16) for answer in answers] == [b"SIXTEEN READABLE", b"SHORT".ljust(16, b"\0")]
     assert ring.used() == [(0, 16), (2, 5)]
     assert ring.vq.counters == {
-        "notifies": 1, "kicks": 0, "wakeups": 0, "chains": 2, "interrupts": 1, "suppressed": 0,
+        "notifies": 1, "kicks": 0, "wakeups": 0, "answers": 0, "chains": 2, "interrupts": 1, "suppressed": 0,
     }  # fmt: skip
 
 

@@ -28,6 +28,8 @@ pub struct Counters {
     pub kicks: Counter,
     /// Times the I/O thread found the eventfd signalled.
     pub wakeups: Counter,
+    /// Times the I/O thread was told that the host had answered.
+    pub answers: Counter,
     /// Chains taken.
     pub chains: Counter,
     /// Interrupts sent.
@@ -37,11 +39,12 @@ pub struct Counters {
 }
 
 impl Counters {
-    pub fn named(&self) -> [(&'static str, u64); 6] {
+    pub fn named(&self) -> [(&'static str, u64); 7] {
         [
             ("notifies", self.notifies.get()),
             ("kicks", self.kicks.get()),
             ("wakeups", self.wakeups.get()),
+            ("answers", self.answers.get()),
             ("chains", self.chains.get()),
             ("interrupts", self.interrupts.get()),
             ("suppressed", self.suppressed.get()),

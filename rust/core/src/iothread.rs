@@ -31,6 +31,8 @@ enum Source {
     Own(Arc<VirtQueue>),
     /// An fd that somebody else's kicks signal. Theirs to read and to make blocking, so it is never read.
     Foreign(Arc<VirtQueue>),
+    /// The host has answered what the queue's handler asked it. Never read either: there is no need.
+    Answer(Arc<VirtQueue>),
     /// The fd of an armed watch.
     Watched(Arc<dyn Watcher>),
 }
@@ -80,40 +82,49 @@ impl IoThread {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serve the queue whenever its eventfd is signalled. Any thread.
-    pub fn add(&self, vq: &Arc<VirtQueue>) -> io::Result<()> {
+    fn enter(&self, fd: RawFd, events: EventSet, source: Source) -> io::Result<()> {
         let mut sources = self.sources();
-        self.epoll.ctl(ControlOperation::Add, vq.kick_fd(), readable(vq.kick_fd()))?;
-        sources.insert(vq.kick_fd(), Source::Own(vq.clone()));
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, fd as u64))?;
+        sources.insert(fd, source);
         Ok(())
+    }
+
+    /// False if it was not there.
+    fn leave(&self, fd: RawFd) -> bool {
+        let mut sources = self.sources();
+        let was_there = sources.remove(&fd).is_some();
+        if was_there {
+            // By hand: the open file may live on elsewhere, and so would its place in the epoll set. It cannot fail: the
+            // fd is open, and was added.
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+        was_there
+    }
+
+    /// Serve the queue whenever its eventfd is signalled, or the host answers it. Any thread.
+    pub fn add(&self, vq: &Arc<VirtQueue>) -> io::Result<()> {
+        self.enter(vq.kick_fd(), EventSet::IN, Source::Own(vq.clone()))?;
+        self.enter(vq.answer_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, Source::Answer(vq.clone()))
+            .inspect_err(|_| self.remove(vq))
     }
 
     /// Serve the queue, which was added, also whenever `fd` is signalled; until the result is given to `remove_kick`.
     pub fn add_kick(&self, vq: &Arc<VirtQueue>, fd: RawFd) -> io::Result<OwnedFd> {
         let fd = duplicate(fd)?;
-        let raw = fd.as_raw_fd();
-        let mut sources = self.sources();
-        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(events, raw as u64))?;
-        sources.insert(raw, Source::Foreign(vq.clone()));
+        self.enter(fd.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, Source::Foreign(vq.clone()))?;
         Ok(fd)
     }
 
     /// Close an fd of `add_kick`.
     pub fn remove_kick(&self, fd: OwnedFd) {
-        let mut sources = self.sources();
-        sources.remove(&fd.as_raw_fd());
-        // By hand: the open file lives on with the front-end, and so would its place in the epoll set.
-        let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default());
+        self.leave(fd.as_raw_fd());
         drop(fd);
     }
 
     /// Stop polling the queue. A service that runs already may go on; kicks are switched on again after it.
     pub fn remove(&self, vq: &Arc<VirtQueue>) {
-        let mut sources = self.sources();
-        if sources.remove(&vq.kick_fd()).is_some() {
-            // It cannot fail: the eventfd is open as long as the queue lives, and was added.
-            let _ = self.epoll.ctl(ControlOperation::Delete, vq.kick_fd(), EpollEvent::default());
+        self.leave(vq.answer_fd());
+        if self.leave(vq.kick_fd()) {
             self.removals.fetch_add(1, Ordering::SeqCst);
         }
     }
@@ -170,6 +181,10 @@ impl Source {
             Self::Own(vq) => vq.take_kick().then(|| Work::Serve(vq.clone())),
             Self::Foreign(vq) => {
                 vq.count_kick();
+                Some(Work::Serve(vq.clone()))
+            }
+            Self::Answer(vq) => {
+                vq.counters.answers.add(1);
                 Some(Work::Serve(vq.clone()))
             }
             Self::Watched(watcher) => Some(Work::Call(watcher.clone())),

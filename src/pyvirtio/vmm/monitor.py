@@ -41,7 +41,7 @@ quit                            end the machine
 KNOWN = ("info", "set", "fault", "balloon", "block_resize", "set_link", "snapshot", "stop", "cont", "help", "quit")
 STATS_SECONDS = 1.0
 """How long a guest may take to answer `info balloon`."""
-COUNTERS = ("notifies", "kicks", "wakeups", "chains", "interrupts", "suppressed")
+COUNTERS = ("notifies", "kicks", "wakeups", "answers", "chains", "interrupts", "suppressed")
 
 
 class Controls(Protocol):

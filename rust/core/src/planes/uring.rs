@@ -1,8 +1,9 @@
 //! Reads, writes and flushes of a raw file through io_uring: many at a time, for files that the page cache does not
 //! answer at once.
 //!
-//! A ring belongs to one queue. Completions signal the queue's own eventfd, as kicks do, so whoever serves the queue
-//! reaps them; while it looks for work anyway, it looks at the completion queue without a system call.
+//! A ring belongs to one queue. Completions signal an eventfd of the queue that its I/O thread waits for as it does for
+//! kicks, and whoever serves the queue reaps them; while it looks for work anyway, it looks at the completion queue
+//! without a system call.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -37,7 +38,7 @@ impl UringQueue {
     pub fn new(plane: Arc<BlkPlane>, file: FileBackend, vq: &VirtQueue) -> io::Result<Self> {
         let uring = IoUring::new(u32::from(vq.max_size()).max(1))?;
         uring.submitter().register_files(&[file.as_raw_fd()])?;
-        uring.submitter().register_eventfd(vq.kick_fd())?;
+        uring.submitter().register_eventfd(vq.answer_fd())?;
         Ok(Self { plane, file, ring: Mutex::new(Ring::new(uring, vq.max_size())) })
     }
 

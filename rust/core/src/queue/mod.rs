@@ -82,6 +82,8 @@ pub struct VirtQueue {
     index: u16,
     max_size: u16,
     doorbell: Doorbell,
+    /// The host signals it when it has answered, see `Handler::has_news`.
+    answer: EventFd,
     active: Mutex<Option<Active>>,
     /// Counts the stops; a chain of an earlier run is stale. Changes only with the state's epoch held exclusively.
     run: AtomicU64,
@@ -103,6 +105,7 @@ impl VirtQueue {
             index,
             max_size,
             doorbell: Doorbell::new(EventFd::new()?),
+            answer: EventFd::new()?,
             active: Mutex::new(None),
             run: AtomicU64::new(0),
             server: AtomicUsize::new(0),
@@ -335,6 +338,11 @@ impl VirtQueue {
 
     pub fn kick_fd(&self) -> RawFd {
         self.doorbell.kick.as_raw_fd()
+    }
+
+    /// What a handler has the host signal. Its I/O thread waits for that, and nobody reads it.
+    pub fn answer_fd(&self) -> RawFd {
+        self.answer.as_raw_fd()
     }
 
     /// Count a kick that came through an fd of somebody else.
