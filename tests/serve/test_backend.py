@@ -248,6 +248,18 @@ def test_a_second_front_end_is_turned_away(serve: Serve) -> None:
         assert buffer.wait() == count_up(7)
 
 
+def test_an_inherited_connection_may_be_non_blocking() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    iothread = IoThread("test")
+    with Server(Rng(source=count_up), "served", theirs, [iothread]), FrontEnd(ours) as vm:
+        vm.start()
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+    iothread.close()
+
+
 def wait_for(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + HANG
     while not true():

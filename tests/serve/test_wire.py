@@ -244,6 +244,17 @@ def test_a_front_end_that_reads_no_replies_and_goes(path: Path) -> None:
     works(path)
 
 
+def test_a_front_end_that_reads_no_replies_and_says_that_it_asks_no_more(path: Path) -> None:
+    """It keeps nobody else out, although its connection is still there."""
+    with FrontEnd(path) as vm:
+        vm.socket.settimeout(0.2)
+        with suppress(TimeoutError):
+            while True:
+                vm.send(Request.GET_FEATURES)
+        vm.socket.shutdown(socket.SHUT_WR)
+        works(path)
+
+
 def test_a_front_end_that_goes_in_the_middle_of_a_request(path: Path) -> None:
     for _ in range(20):
         vm = FrontEnd(path, memory=MIB).start(size=8)

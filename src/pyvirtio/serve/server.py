@@ -138,7 +138,6 @@ class Server:
             log.error("%s: %s", self.device.name, error.strerror)
             self._woken(timeout=0.1)
             return
-        connection.setblocking(True)
         if self._busy():
             log.warning("%s: a second front-end was turned away", self.device.name)
             connection.close()
@@ -153,10 +152,12 @@ class Server:
                 poll.register(session.connection, select.POLLRDHUP)
                 if not poll.poll(0):
                     return True
+            session.hang_up()  # it may still be there, and not read the reply that the session wants to send
         self._join()
         return False
 
     def _begin(self, connection: socket.socket) -> None:
+        connection.setblocking(True)  # an inherited one may be either
         self._session = Session(self.device, connection, self.iothreads, self.rings)
         self._serving = threading.Thread(
             target=self._serve, args=(self._session,), name=f"{self._thread.name} session", daemon=True
