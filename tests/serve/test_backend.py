@@ -1,5 +1,6 @@
 """What becomes of a served device: its configuration, its memory, and who may start it over."""
 
+import errno
 import os
 import socket
 import struct
@@ -20,11 +21,13 @@ from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
 from pyvirtio.serve import wire
 from pyvirtio.serve.server import Server, listen
+from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.serve.wire import Request
-from pyvirtio.spec import Status
+from pyvirtio.spec import WRAP_COUNTER, Feature, Status
 from pyvirtio.testing.blk import Disk
 from pyvirtio.testing.queue import HANG
 from pyvirtio.testing.ring import WRITE, Desc
+from pyvirtio.testing.serving import serve_in_process
 from pyvirtio.testing.vhost_user import MIB, USER, FrontEnd
 
 
@@ -243,6 +246,37 @@ def test_a_second_front_end_is_turned_away(serve: Serve) -> None:
         vm.start()
         with FrontEnd(path) as second:
             second.wait_hangup()
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+
+
+def test_a_base_of_a_packed_ring_is_no_harm_to_a_split_one(tmp_path: Path) -> None:
+    """The front-end changes its mind about the features in between."""
+    with serve_in_process(Rng(source=count_up), tmp_path / "s", Rings(packed=True)), FrontEnd(tmp_path / "s") as vm:
+        vm.start(features=~int(Feature.RING_PACKED))
+        vm.stop_ring(vm.requestq)
+        vm.acked(Request.SET_FEATURES, wire.U64.pack(vm.features | Feature.RING_PACKED))
+        vm.acked(Request.SET_VRING_BASE, wire.VRING_STATE.pack(0, WRAP_COUNTER << 16))
+        vm.acked(Request.SET_FEATURES, wire.U64.pack(vm.features))
+        vm.acked(Request.SET_VRING_KICK, wire.U64.pack(0), [vm.kicks[0]])
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+
+
+def test_a_ring_that_the_host_could_not_poll_can_be_started_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: IoThread, vq: VirtQueue) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start()
+        base = vm.stop_ring(vm.requestq)
+        with monkeypatch.context() as host:
+            host.setattr(IoThread, "poll", full)
+            assert vm.tell(Request.SET_VRING_KICK, wire.U64.pack(0), [vm.kicks[0]]) == 1
+        vm.stop_ring(vm.requestq)
+        vm.start_ring(vm.requestq, base)
         buffer = vm.requestq.add(writable=7)
         vm.requestq.kick()
         assert buffer.wait() == count_up(7)

@@ -108,7 +108,8 @@ class Vring:
         self.vq.set_log(log, self.log_used)
 
     def start(self, table: MemoryTable, features: int) -> None:
-        """Serve it from now on. `GuestError` if there can be no such ring, `ProtocolError` if the kick is none."""
+        """Serve it from now on. `GuestError` if there can be no such ring, `ProtocolError` if the kick is none,
+        `OSError` if the host cannot."""
         if self.running or self.addresses is None:
             return
         desc, avail, used = map(table.translate, self.addresses)
@@ -126,14 +127,15 @@ class Vring:
                 undo.callback(self._leave_kick)
                 self._watch_kick()
                 self._polling = undo.pop_all()
-        except ProtocolError:
+        except (OSError, ProtocolError):
             self.vq.stop()
             raise
 
     def _position(self, memory: GuestMemory, used: int) -> tuple[int, int] | None:
         """The next avail and used indexes; None for those of a fresh ring."""
         if not self._packed:
-            return self.base or 0, memory.load16(used + 2)  # the protocol does not tell it
+            # The protocol does not tell the used index. What is above the index was meant for a packed ring.
+            return (self.base or 0) & 0xFFFF, memory.load16(used + 2)
         if self.base is None or self.base == WRAP_COUNTER:  # DPDK leaves the upper half of a fresh ring at 0
             return None
         return self.base & 0xFFFF, self.base >> 16
