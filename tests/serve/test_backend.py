@@ -265,7 +265,9 @@ def test_a_base_of_a_packed_ring_is_no_harm_to_a_split_one(tmp_path: Path) -> No
         assert buffer.wait() == count_up(7)
 
 
-def test_a_ring_that_the_host_could_not_poll_can_be_started_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_that_the_host_could_not_poll_can_be_started_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: IoThread, vq: VirtQueue) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -275,6 +277,7 @@ def test_a_ring_that_the_host_could_not_poll_can_be_started_again(serve: Serve, 
         with monkeypatch.context() as host:
             host.setattr(IoThread, "poll", full)
             assert vm.tell(Request.SET_VRING_KICK, wire.U64.pack(0), [vm.kicks[0]]) == 1
+            vm.wait_broken()
         vm.stop_ring(vm.requestq)
         vm.start_ring(vm.requestq, base)
         buffer = vm.requestq.add(writable=7)
