@@ -7,7 +7,7 @@ import threading
 import pytest
 from restored import restored, saved
 
-from pyvirtio.devices.balloon import PAGE, Balloon, Stat, runs
+from pyvirtio.devices.balloon import PAGE, PIECE, Balloon, BalloonConfig, Stat, runs
 from pyvirtio.spec import Status
 from pyvirtio.testing import Guest, VirtioDriver
 from pyvirtio.testing.queue import HANG
@@ -99,6 +99,26 @@ def test_the_target_is_told_and_what_is_reached_too(guest: Guest) -> None:
     assert balloon.target == 1234, "a driver writes actual only"
     driver.start()
     assert (balloon.actual, balloon.target) == (0, 1234)
+
+
+def test_a_message_without_end_keeps_nobody_waiting(guest: Guest) -> None:
+    """A driver may describe 2^32 bytes of page numbers: what is beyond the first ones stays with the guest."""
+    driver = guest.plug(Balloon())
+    first = touched(guest, 2)
+    numbers = [first] * (PIECE // 4) + [first + 1]
+    inflate(driver, *numbers)
+    assert guest.memory.read(first * PAGE, 1) == bytes(1)
+    assert guest.memory.read((first + 1) * PAGE, 1) == b"\7"
+
+
+@pytest.mark.guest(transport=("modern", "legacy"))
+def test_what_is_reached_may_be_told_byte_by_byte(guest: Guest) -> None:
+    """Linux writes so through the legacy interface."""
+    balloon = Balloon()
+    driver = guest.plug(balloon)
+    for index, byte in enumerate((0x12345).to_bytes(4, "little")):
+        driver.config.write(BalloonConfig.actual.offset + index, 1, byte)
+    assert balloon.actual == 0x12345
 
 
 def stats(free: int) -> bytes:

@@ -17,7 +17,7 @@ from pyvirtio.spec import DeviceId
 
 PAGE = 4096
 PIECE = 16 * 1024
-"""Bytes of page numbers that are looked at in one go."""
+"""Bytes of page numbers that are looked at in one message; Linux sends 1024."""
 
 log = logging.getLogger("pyvirtio")
 
@@ -90,8 +90,7 @@ class Balloon(Device, id=DeviceId.BALLOON, config=BalloonConfig):
     @queue(size=128)
     def inflateq(self, vq: VirtQueue) -> None:
         for chain in vq:
-            while numbers := chain.read(PIECE):
-                self._release(chain, numbers)
+            self._release(chain, chain.read(PIECE))
             chain.complete()
 
     @queue(size=128)
@@ -130,9 +129,12 @@ class Balloon(Device, id=DeviceId.BALLOON, config=BalloonConfig):
         return int(self.config.actual)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """A driver tells `actual`, and nothing else."""
-        if offset == BalloonConfig.actual.offset and len(data) == 4:
-            self.config.actual = int.from_bytes(data, "little")
+        """A driver tells `actual`, maybe byte by byte, and nothing else."""
+        start = offset - BalloonConfig.actual.offset
+        actual = bytearray(self.actual.to_bytes(4, "little"))
+        if 0 <= start <= len(actual) - len(data):
+            actual[start : start + len(data)] = data
+            self.config.actual = int.from_bytes(actual, "little")
 
     def ask_stats(self, timeout: float = 0) -> dict[str, int]:
         """Ask the guest, and return what it said last: the answer, if it comes within `timeout` seconds."""
