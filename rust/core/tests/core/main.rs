@@ -8,6 +8,7 @@ mod hostile;
 mod inflight;
 mod inflight_packed;
 mod interrupts;
+mod killed;
 mod memory;
 mod notifications;
 mod oracle;

@@ -7,7 +7,7 @@ use std::thread;
 
 use pyvirtio_core::VirtQueue;
 
-use crate::driver::{Driver, SIZE};
+use crate::driver::{Driver, AVAIL, SIZE};
 
 #[test]
 fn a_kick_with_nothing_new_does_not_call_the_handler() {
@@ -76,6 +76,26 @@ fn the_budget_ends_a_service_and_signals_the_eventfd_for_the_rest() {
     assert!(vq.take_kick());
     while vq.service() {}
     assert_eq!(vq.counters.chains.get(), 1001);
+}
+
+#[test]
+fn a_handler_that_never_has_enough_is_stopped_by_its_budget() {
+    let mut driver = Driver::with(|config| config.size = 256);
+    driver.vq.attach();
+    assert!(driver.vq.take_kick());
+    for n in 0..256 {
+        driver.add(n);
+    }
+    let (memory, vq) = (driver.memory.clone(), driver.vq.clone());
+    driver.start(move |vq| {
+        while let Some(mut chain) = vq.pop() {
+            chain.complete().unwrap();
+            let avail = memory.atomic16(AVAIL + 2).unwrap(); // once more what stands there
+            avail.store(avail.load(SeqCst).wrapping_add(1), SeqCst);
+        }
+    });
+    assert!(vq.service());
+    assert_eq!(vq.counters.chains.get(), 256);
 }
 
 #[test]
