@@ -331,6 +331,12 @@ class VirtQueue:
     def in_flight(self) -> int:
         """Chains taken and not given back."""
     @property
+    def asked(self) -> int:
+        """At how many places of the ring a kick was asked for since the start, which is the first of them."""
+    @property
+    def kicked(self) -> int:
+        """How many kicks of the driver were found since the queue was made: exits, and signals that are not our own."""
+    @property
     def counters(self) -> dict[str, int]:
         """notifies (exits), kicks (signals seen), wakeups, answers (of the host, which woke the I/O thread), chains,
         interrupts, suppressed; since the queue was made."""
@@ -502,6 +508,8 @@ class NetPlane:
         """A driver is there and agreed to `features`; `loops` wait for frames, one for each queue pair."""
     def close(self) -> None:
         """The driver is gone: every loop is left, the filter passes everything, one queue pair is in use."""
+    def disconnect(self) -> None:
+        """Close the duplicates of `fds`; after `close`, for good."""
     def set_features(self, features: int) -> None:
         """The driver changed the offloads it takes."""
     def set_filter(

@@ -1,6 +1,9 @@
 """A network device between its driver and a wire: features, configuration, frames in both directions."""
 
+import os
+import socket
 import struct
+from typing import Literal
 
 import pytest
 from wire import Wire, counters, device_of, plug
@@ -318,3 +321,31 @@ def test_the_device_is_what_a_kernel_looks_for(guest: Guest) -> None:
     assert driver.pci.read(8, 4) >> 8 == 0x020000
     assert driver.function.ioeventfd == (guest.ioeventfd is not False)
     assert driver.registers.offered() & Feature.VERSION_1
+
+
+FRAMINGS: dict[Literal["datagram", "stream"], socket.SocketKind] = {
+    "datagram": socket.SOCK_DGRAM,
+    "stream": socket.SOCK_STREAM,
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_a_card_that_is_gone_holds_nothing_of_the_host(guest: Guest, framing: Literal["datagram", "stream"]) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, FRAMINGS[framing])
+    network = NetBackend()
+    network.fds, network.framing = [one.fileno()], framing
+    net = Net(network)
+    driver = guest.plug(net)
+    assert descriptors_of(one) == 2
+    guest.unplug(driver)
+    assert descriptors_of(one) == 1
+    assert not net.plane.counters["rx_frames"]
+    one.close()
+    other.close()
+
+
+def descriptors_of(end: socket.socket) -> int:
+    """How many file descriptors of this process are this socket."""
+    folder = "/proc/self/fd/"
+    found = [os.readlink(folder + fd) for fd in os.listdir(folder) if os.path.lexists(folder + fd)]
+    return found.count(os.readlink(folder + str(end.fileno())))

@@ -8,7 +8,10 @@ import pytest
 from own_network import ip, own_network
 from tapped import tapped
 
+from pyvirtio.backends.tap import Tap
+from pyvirtio.devices.net import Net
 from pyvirtio.spec import NetFeature
+from pyvirtio.testing import Guest
 from pyvirtio.testing.driver import Interface
 from pyvirtio.testing.net import NEEDS_CSUM, OK, Header, frame
 from pyvirtio.testing.queue import HANG
@@ -84,3 +87,12 @@ def checksum(data: bytes) -> int:
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF
+
+
+@own_network
+def test_an_interface_of_its_own_goes_away_with_the_device() -> None:
+    with Guest() as guest:
+        net = Net(Tap(ifname="tap8", queues=2))
+        guest.unplug(guest.plug(net))
+        assert "tap8" not in [name for _, name in socket.if_nameindex()]
+        assert net.netdev.fds == []

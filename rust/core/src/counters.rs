@@ -26,6 +26,8 @@ pub struct Counters {
     pub notifies: Counter,
     /// Signals found in the eventfd.
     pub kicks: Counter,
+    /// Signals of our own among them, at least.
+    pub own_kicks: Counter,
     /// Times the I/O thread found the eventfd signalled.
     pub wakeups: Counter,
     /// Times the I/O thread was told that the host had answered.
@@ -39,6 +41,11 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Kicks that can only be the driver's, as far as they were found.
+    pub fn driver_kicks(&self) -> u64 {
+        (self.kicks.get() + self.notifies.get()).saturating_sub(self.own_kicks.get())
+    }
+
     pub fn named(&self) -> [(&'static str, u64); 7] {
         [
             ("notifies", self.notifies.get()),

@@ -74,6 +74,10 @@ impl NetPlane {
         py.detach(|| self.plane.close());
     }
 
+    fn disconnect(&self) {
+        self.plane.disconnect();
+    }
+
     fn set_features(&self, features: u64) {
         self.plane.set_features(features);
     }

@@ -38,6 +38,7 @@ impl VirtQueue {
         ring.set_item("in_order", config.in_order)?;
         ring.set_item("event_idx", config.event_idx)?;
         ring.set_item("indirect", config.indirect)?;
+        ring.set_item("notify_on_empty", config.notify_on_empty)?;
         ring.set_item("next_avail", config.next_avail)?;
         ring.set_item("next_used", config.next_used)?;
         *self.ring.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring.unbind());
@@ -246,6 +247,16 @@ impl VirtQueue {
     #[getter]
     fn in_flight(&self) -> u16 {
         self.inner.in_flight()
+    }
+
+    #[getter]
+    fn asked(&self) -> u64 {
+        self.inner.asked()
+    }
+
+    #[getter]
+    fn kicked(&self) -> u64 {
+        self.inner.counters.driver_kicks()
     }
 
     #[getter]

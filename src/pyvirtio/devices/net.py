@@ -215,6 +215,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
         self.mac = bytes(6)  # the driver may have set another
 
     def close(self) -> None:
+        self.plane.disconnect()
         self.netdev.disconnect()
         self.netdev.close()
 

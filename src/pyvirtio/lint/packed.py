@@ -46,12 +46,17 @@ class List:
 class PackedFollower:
     """Knows which buffers are in flight, by their ids; `say` reports a violation."""
 
+    kicks = interrupts = "2.8.10"
+    """The section about when they are to be sent."""
+
     def __init__(self, given: dict[str, Any], say: Say, live: Callable[[], bool | None]) -> None:
         self.memory: GuestMemory = given["memory"]
         self.size, self.desc, self.used = given["size"], given["desc"], given["used"]
-        self.indirect, self.in_order = given["indirect"], given["in_order"]
+        self.indirect, self.in_order, self.event_idx = given["indirect"], given["in_order"], given["event_idx"]
+        self.driver = given["avail"]
         self.say, self.live = say, live
         self.next_avail, self.next_used = Place.of(given["next_avail"]), Place.of(given["next_used"])
+        self.start = self.position
         self.in_flight: dict[int, List] = {}
 
     def follow(self) -> bool:
@@ -65,6 +70,36 @@ class PackedFollower:
     def wanted(self) -> bool:
         """Without the events' offsets, which the driver's own position is needed for."""
         return self.memory.load16(self.used + 2) != DISABLE
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The next available and used places, counted through both laps."""
+        return self._lapped(self.next_avail), self._lapped(self.next_used)
+
+    def _lapped(self, place: Place) -> int:
+        return place.index + (0 if place.wrap else self.size)
+
+    def most_kicks(self, asked: Callable[[], int]) -> int | None:
+        """A driver may notify without anything new (2.8.16)."""
+        return None
+
+    def owes_kick(self, looked: tuple[int, int]) -> bool:
+        return bool(self._wants(self.used, looked[0], self.position[0]))
+
+    def owes_interrupt(self, before: tuple[int, int]) -> bool | None:
+        if before[1] == self.start[1]:
+            return None  # the first decision may be to interrupt whatever the driver wants
+        return self._wants(self.driver, before[1], self.position[1])
+
+    def _wants(self, area: int, start: int, end: int) -> bool | None:
+        """Whether an event suppression structure asks to be told of this step; None for one that makes no sense."""
+        flags, event = self.memory.load16(area + 2), Place.of(self.memory.load16(area))
+        if flags != AT_DESC:
+            return start != end and flags != DISABLE
+        if not self.event_idx or event.index >= self.size:
+            return None
+        both = 2 * self.size
+        return bool((self._lapped(event) - start) % both < (end - start) % both)
 
     def _flags(self, index: int) -> int:
         return self.memory.load16(self.desc + DESC.size * index + FLAGS_AT)

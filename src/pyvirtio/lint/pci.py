@@ -16,7 +16,7 @@ LEGACY_STATUS = 18
 class LintedPci(VirtioPci):
     """Tells the lint of each access before it does it, and of what a read returned.
 
-    Notifies that KVM turns into eventfds are not seen; with `ioeventfd=off` all are.
+    Notifies that KVM turns into eventfds do not come by; the rings' watchers count them.
     """
 
     def __init__(self, device: Device, accel: Accelerator, *, rings: Rings, report: Report, **properties: Any) -> None:
@@ -45,6 +45,8 @@ class LintedPci(VirtioPci):
         elif (bar, offset) == (LEGACY_BAR, LEGACY_STATUS):
             self._legacy_status(value)
         super().bar_write(bar, offset, size, value)
+        if queue is not None:
+            self.rings.served(queue)
 
     def reset(self) -> None:
         super().reset()

@@ -10,7 +10,7 @@ from pyvirtio._core import GuestMemory
 from pyvirtio.lint.chains import Chain, walk
 from pyvirtio.lint.report import Say
 
-NO_NOTIFY = 1
+NO_NOTIFY = NO_INTERRUPT = 1
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Ring:
     in_order: bool
     event_idx: bool
     indirect: bool
+    notify_on_empty: bool
     next_avail: int
     next_used: int
 
@@ -44,15 +45,28 @@ class Ring:
     def avail_event(self) -> int:
         return self.used_word(2 + 4 * self.size)
 
+    @property
+    def used_event(self) -> int:
+        return self.avail_word(2 + self.size)
+
+
+def within(event: int, start: int, end: int) -> bool:
+    """Whether going from one index to another passes the one at which the other side wants to be told."""
+    return (event - start) & 0xFFFF < (end - start) & 0xFFFF
+
 
 class SplitFollower:
     """Knows which chains are in flight, and which descriptors they have; `say` reports a violation."""
+
+    kicks, interrupts = "2.7.10.1", "2.7.7.2"
+    """The sections about when they are to be sent."""
 
     def __init__(self, given: dict[str, Any], say: Say, live: Callable[[], bool | None]) -> None:
         self.ring = ring = Ring(**{name: given[name] for name in Ring.__dataclass_fields__})
         self.say, self.live = say, live
         self.next_avail, self.next_used = ring.next_avail, ring.next_used
         self.notified_at = ring.next_avail
+        self.made_available = 0
         self.in_flight: dict[int, Chain] = {}
         self.owners: dict[int, int] = {}
         """Descriptor -> the head of the chain in flight that it belongs to."""
@@ -73,8 +87,38 @@ class SplitFollower:
         avail, since = self.ring.avail_word(1), self.notified_at
         self.notified_at = avail
         if self.ring.event_idx:
-            return (self.ring.avail_event - since) & 0xFFFF < (avail - since) & 0xFFFF
+            return within(self.ring.avail_event, since, avail)
         return not self.ring.used_word(0) & NO_NOTIFY
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.next_avail, self.next_used
+
+    def most_kicks(self, asked: Callable[[], int]) -> int | None:
+        """With EVENT_IDX the driver passes each place where it was asked once, and tells once of what it passes.
+
+        That holds however late a kick comes and whoever sends it. Without, each buffer may be worth one, or none.
+        """
+        if not self.ring.event_idx:
+            return None
+        to_come = self.ring.avail_event == self.next_avail  # read before `asked`, which is of that place or a later one
+        # A place comes round again, and of before the start there may be a kick on its way.
+        more = self.made_available // 0x10000 + (self.ring.next_avail != 0)
+        return asked() - to_come + more
+
+    def owes_kick(self, looked: tuple[int, int]) -> bool:
+        if self.ring.event_idx:
+            return within(self.ring.avail_event, looked[0], self.next_avail)
+        return looked[0] != self.next_avail and not self.ring.used_word(0) & NO_NOTIFY
+
+    def owes_interrupt(self, before: tuple[int, int]) -> bool | None:
+        if before[1] == self.ring.next_used:
+            return None  # the first decision may be to interrupt whatever the driver wants
+        if self.ring.event_idx:
+            wanted = within(self.ring.used_event, before[1], self.next_used)
+        else:
+            wanted = not self.ring.avail_word(0) & NO_INTERRUPT
+        return wanted or (None if self.ring.notify_on_empty else False)
 
     def _served_by_others(self, avail: int, used: int) -> bool:
         """Whether buffers were used that we have not even seen to be available: vhost in the kernel has the ring."""
@@ -135,6 +179,7 @@ class SplitFollower:
             self.say("driver", section, f"the avail index went {how} from {self.next_avail} to {avail}")
             self.next_avail = avail
             return
+        self.made_available += count
         for _ in range(count):
             self._available(self.ring.avail_word(2 + self.next_avail % self.ring.size))
             self.next_avail = (self.next_avail + 1) & 0xFFFF

@@ -12,6 +12,8 @@ pub trait Serve {
     fn pass(&self) -> Pass;
     /// Ask for kicks again; true if there is news.
     fn rearm(&self) -> bool;
+    /// The eventfd is about to be signalled for the rest.
+    fn hand_over(&self) {}
 }
 
 /// Times a service looks again, for a driver that keeps adding while it is being served.
@@ -95,8 +97,11 @@ impl Doorbell {
                 Drained::Empty => rounds += 1,
                 Drained::Spent => rounds = ROUNDS,
             }
-            if rounds >= ROUNDS && self.attached() && self.passed_on() {
-                return true;
+            if rounds >= ROUNDS && self.attached() {
+                queue.hand_over();
+                if self.passed_on() {
+                    return true;
+                }
             }
         }
     }

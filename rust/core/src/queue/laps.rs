@@ -53,6 +53,9 @@ pub struct Laps<C> {
     seen: Place,
     /// The same as far as the handler knows: whatever comes later needs another look.
     looked: Place,
+    /// The places where a kick was asked for, the first one included: with EVENT_IDX no more may come.
+    pub asked: u64,
+    asked_at: Option<Place>,
     /// `published` at the last interrupt decision; none after a start, so that the first decision signals.
     decided: Option<Place>,
 }
@@ -72,6 +75,8 @@ impl<C: PackedCells> Laps<C> {
             replaceable: None,
             seen: next_avail,
             looked: next_avail,
+            asked: 1,
+            asked_at: Some(next_avail),
             decided: None,
         }
     }
@@ -79,6 +84,7 @@ impl<C: PackedCells> Laps<C> {
     /// Go on somewhere else, before anything was taken.
     pub fn move_to(&mut self, next_avail: Place, next_used: Place) {
         (self.next_avail, self.seen, self.looked) = (next_avail, next_avail, next_avail);
+        self.asked_at = Some(next_avail);
         (self.next_used, self.published) = (next_used, next_used);
     }
 
@@ -145,6 +151,7 @@ impl<C: PackedCells> Laps<C> {
 
     /// Ask for kicks again; true if something came meanwhile that will not be kicked for.
     pub fn rearm(&mut self) -> bool {
+        self.asked += u64::from(self.asked_at.replace(self.looked) != Some(self.looked));
         let event = if self.event_idx { DESC | u32::from(self.encode(self.looked)) } else { ENABLE };
         self.cells.set_device_event(event);
         // The driver stores a descriptor, then reads what we stored: one of the two must see the other's.

@@ -312,6 +312,7 @@ impl VirtQueue {
     /// A notify that reached userspace: serve it here, or signal the eventfd while that is attached.
     pub fn notify(self: &Arc<Self>) {
         self.counters.notifies.add(1);
+        self.counters.own_kicks.add(u64::from(self.attached()));
         self.doorbell.notify(&Served(self));
     }
 
@@ -321,6 +322,7 @@ impl VirtQueue {
 
     /// From here on the eventfd carries the kicks; leaves it signalled.
     pub fn attach(&self) {
+        self.counters.own_kicks.add(1);
         self.doorbell.attach();
     }
 
@@ -333,6 +335,7 @@ impl VirtQueue {
 
     /// Signal the eventfd as a kick does.
     pub fn signal(&self) {
+        self.counters.own_kicks.add(1);
         self.doorbell.kick.signal();
     }
 
@@ -375,6 +378,11 @@ impl VirtQueue {
     /// Whether the driver added something since the handler last looked, or the host answered. Leaves kicks suppressed.
     pub fn has_work(&self) -> bool {
         !self.state.is_broken() && self.active().as_ref().is_some_and(Active::has_news)
+    }
+
+    /// At how many places of the ring a kick was asked for since the start.
+    pub fn asked(&self) -> u64 {
+        self.active().as_ref().map_or(0, |active| active.ring.asked())
     }
 
     /// Ask for kicks again; true if something came meanwhile, which then is the caller's to drain.

@@ -39,6 +39,9 @@ pub struct Indexes<C> {
     seen: u16,
     /// The avail index the handler knows of: whatever comes later needs another look.
     looked: u16,
+    /// The places where a kick was asked for, the first one included: with EVENT_IDX no more may come.
+    pub asked: u64,
+    asked_at: Option<u16>,
     /// The used index of the last interrupt decision; none after a start, so that the first decision signals.
     decided: Option<u16>,
 }
@@ -55,6 +58,8 @@ impl<C: Cells> Indexes<C> {
             published: next_used,
             seen: next_avail,
             looked: next_avail,
+            asked: 1,
+            asked_at: Some(next_avail),
             decided: None,
         }
     }
@@ -68,6 +73,7 @@ impl<C: Cells> Indexes<C> {
 
     /// Ask for kicks again; true if something came meanwhile that will not be kicked for.
     pub fn rearm(&mut self) -> bool {
+        self.asked += u64::from(self.asked_at.replace(self.looked) != Some(self.looked));
         if self.event_idx {
             self.cells.set_avail_event(self.looked);
         } else {

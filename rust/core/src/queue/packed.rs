@@ -147,6 +147,11 @@ impl PackedRing {
         self.laps.rearm()
     }
 
+    /// At how many places of the ring a kick was asked for.
+    pub fn asked(&self) -> u64 {
+        self.laps.asked
+    }
+
     pub fn has_news(&self) -> bool {
         self.laps.has_news()
     }

@@ -88,6 +88,11 @@ impl Ring {
         either!(self, ring => ring.rearm())
     }
 
+    /// At how many places a kick was asked for since the start.
+    pub fn asked(&self) -> u64 {
+        either!(self, ring => ring.asked())
+    }
+
     /// Whether the driver added something since the handler last looked.
     pub fn has_news(&self) -> bool {
         either!(self, ring => ring.has_news())

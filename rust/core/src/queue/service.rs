@@ -151,6 +151,10 @@ impl Serve for Served<'_> {
     fn rearm(&self) -> bool {
         self.0.rearm()
     }
+
+    fn hand_over(&self) {
+        self.0.counters.own_kicks.add(1);
+    }
 }
 
 impl VirtQueue {

@@ -146,6 +146,11 @@ impl SplitRing {
         self.indexes.rearm()
     }
 
+    /// At how many places of the ring a kick was asked for.
+    pub fn asked(&self) -> u64 {
+        self.indexes.asked
+    }
+
     pub fn has_news(&self) -> bool {
         self.indexes.has_news()
     }

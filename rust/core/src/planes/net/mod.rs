@@ -189,6 +189,13 @@ impl NetPlane {
         self.set_filter(Filter::default());
     }
 
+    /// The device is gone: give back what the ports hold of the host.
+    pub fn disconnect(&self) {
+        for pair in &self.pairs {
+            pair.port.close();
+        }
+    }
+
     /// Offloads may change while the driver is there (VIRTIO_NET_F_CTRL_GUEST_OFFLOADS).
     pub fn set_features(&self, features: u64) {
         *self.shared.config.write().unwrap_or_else(PoisonError::into_inner) = Config::agreed(features);

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{PoisonError, RwLock};
 
 use super::counters::Reason;
 use super::header::{Header, HEADER};
@@ -45,11 +46,52 @@ pub trait Port: Send + Sync {
 
     /// Readable when a frame may have come, and writable when one may be sent.
     fn fd(&self) -> RawFd;
+
+    /// Give back what it holds of the host: no frame passes any more.
+    fn close(&self) {}
+}
+
+/// A non-blocking file descriptor until it is closed, which may happen while others still know of it.
+pub struct PortFd(RwLock<Option<OwnedFd>>);
+
+impl PortFd {
+    /// The fd is duplicated, and made non-blocking.
+    pub fn new(fd: RawFd) -> io::Result<Self> {
+        nonblocking(fd).map(|fd| Self(RwLock::new(Some(fd))))
+    }
+
+    fn with<T>(&self, call: impl FnMut(RawFd) -> T) -> Option<T> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(AsRawFd::as_raw_fd).map(call)
+    }
+
+    /// Write all segments, or as much as a stream takes.
+    pub fn write(&self, from: &[Segment]) -> io::Result<usize> {
+        // SAFETY: the caller's segments are mapped, and guest memory may change under everybody's feet.
+        self.with(|fd| retry(|| unsafe { libc::writev(fd, from.as_ptr(), from.len() as i32) })).unwrap_or_else(closed)
+    }
+
+    pub fn read(&self, into: &[Segment]) -> io::Result<usize> {
+        // SAFETY: as in `write`.
+        self.with(|fd| retry(|| unsafe { libc::readv(fd, into.as_ptr(), into.len() as i32) })).unwrap_or_else(closed)
+    }
+
+    /// -1 once it is closed.
+    pub fn raw(&self) -> RawFd {
+        self.with(|fd| fd).unwrap_or(-1)
+    }
+
+    pub fn close(&self) {
+        drop(self.0.write().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+fn closed() -> io::Result<usize> {
+    Err(io::Error::from_raw_os_error(libc::EBADF))
 }
 
 /// A tap device, or a socket that keeps messages apart: a frame for each read and write.
 pub struct FrameFd {
-    fd: OwnedFd,
+    fd: PortFd,
     /// A `struct virtio_net_hdr` of 12 bytes stands before each frame.
     header: bool,
     kind: Kind,
@@ -67,13 +109,12 @@ enum Kind {
 impl FrameFd {
     /// The fd is duplicated, and made non-blocking.
     pub fn new(fd: RawFd, header: bool) -> io::Result<Self> {
-        let fd = nonblocking(fd)?;
-        let kind = match socket_type(&fd) {
+        let kind = match socket_type(fd) {
             None => Kind::Device,
             Some(libc::SOCK_DGRAM) => Kind::Datagrams,
             Some(_) => Kind::Messages,
         };
-        Ok(Self { fd, header, kind })
+        Ok(Self { fd: PortFd::new(fd)?, header, kind })
     }
 
     fn header_from(&self, raw: &[u8; HEADER], length: usize) -> Result<(Header, usize), Refused> {
@@ -89,7 +130,7 @@ impl Port for FrameFd {
     fn send(&self, header: &Header, frame: &mut [Segment]) -> Result<(), Refused> {
         let mut raw = header.bytes(0);
         frame[0] = segment(&mut raw);
-        match write(&self.fd, &frame[usize::from(!self.header)..]) {
+        match self.fd.write(&frame[usize::from(!self.header)..]) {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Refused::Busy),
             Err(_) => Err(Refused::Dropped(Reason::Error)),
@@ -98,7 +139,7 @@ impl Port for FrameFd {
 
     fn receive(&self, into: &[Segment]) -> Result<(Header, usize), Refused> {
         let mut raw = [0; HEADER];
-        let read = if self.header { read_behind(&self.fd, &mut raw, into) } else { read(&self.fd, into) };
+        let read = if self.header { read_behind(&self.fd, &mut raw, into) } else { self.fd.read(into) };
         match read {
             Ok(0) if self.kind == Kind::Messages => Err(Refused::Closed),
             Ok(length) => self.header_from(&raw, length),
@@ -109,11 +150,15 @@ impl Port for FrameFd {
     }
 
     fn fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.fd.raw()
+    }
+
+    fn close(&self) {
+        self.fd.close();
     }
 }
 
-pub fn nonblocking(fd: RawFd) -> io::Result<OwnedFd> {
+fn nonblocking(fd: RawFd) -> io::Result<OwnedFd> {
     let fd = duplicate(fd)?;
     // SAFETY: no memory is involved.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
@@ -124,28 +169,17 @@ pub fn nonblocking(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn socket_type(fd: &OwnedFd) -> Option<i32> {
+fn socket_type(fd: RawFd) -> Option<i32> {
     let (mut kind, mut length) = (0, size_of::<i32>() as u32);
     let at = std::ptr::from_mut(&mut kind).cast();
     // SAFETY: `kind` has the size that `length` says.
-    let result = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_TYPE, at, &mut length) };
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_TYPE, at, &mut length) };
     (result == 0).then_some(kind)
 }
 
-/// Write all segments, or as much as a stream takes.
-pub fn write(fd: &OwnedFd, from: &[Segment]) -> io::Result<usize> {
-    // SAFETY: the caller's segments are mapped, and guest memory may change under everybody's feet.
-    retry(|| unsafe { libc::writev(fd.as_raw_fd(), from.as_ptr(), from.len() as i32) })
-}
-
-pub fn read(fd: &OwnedFd, into: &[Segment]) -> io::Result<usize> {
-    // SAFETY: as in `write`.
-    retry(|| unsafe { libc::readv(fd.as_raw_fd(), into.as_ptr(), into.len() as i32) })
-}
-
-fn read_behind(fd: &OwnedFd, header: &mut [u8; HEADER], into: &[Segment]) -> io::Result<usize> {
+fn read_behind(fd: &PortFd, header: &mut [u8; HEADER], into: &[Segment]) -> io::Result<usize> {
     let mut all = smallvec::SmallVec::<[Segment; 8]>::new();
     all.push(segment(header));
     all.extend_from_slice(into);
-    read(fd, &all)
+    fd.read(&all)
 }

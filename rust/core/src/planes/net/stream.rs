@@ -1,12 +1,12 @@
 //! Frames over a stream socket, each behind its length (QEMU's `-netdev stream`, passt).
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::counters::Reason;
 use super::header::Header;
-use super::port::{nonblocking, read, write, Port, Refused};
+use super::port::{Port, PortFd, Refused};
 use super::segments::{copy_in, copy_out, segment, total};
 use super::MAX_FRAME;
 use crate::chain::Segment;
@@ -17,7 +17,7 @@ const PREFIX: usize = 4;
 const CHUNK: usize = 64 << 10;
 
 pub struct StreamFd {
-    fd: OwnedFd,
+    fd: PortFd,
     /// What the socket did not take of the last frame that was sent.
     unsent: Mutex<Vec<u8>>,
     unread: Mutex<Unread>,
@@ -26,7 +26,7 @@ pub struct StreamFd {
 impl StreamFd {
     /// The fd is duplicated, and made non-blocking.
     pub fn new(fd: RawFd) -> io::Result<Self> {
-        Ok(Self { fd: nonblocking(fd)?, unsent: Mutex::default(), unread: Mutex::default() })
+        Ok(Self { fd: PortFd::new(fd)?, unsent: Mutex::default(), unread: Mutex::default() })
     }
 }
 
@@ -37,7 +37,7 @@ impl Port for StreamFd {
         let length = total(&frame[1..]);
         let mut prefix = (length as u32).to_be_bytes();
         frame[0] = segment(&mut prefix);
-        let done = write(&self.fd, frame).map_err(refusal)?;
+        let done = self.fd.write(frame).map_err(refusal)?;
         if done < PREFIX + length {
             // The rest of a frame that has begun must follow, whatever becomes of the driver meanwhile.
             unsent.resize(PREFIX + length, 0);
@@ -60,7 +60,11 @@ impl Port for StreamFd {
     }
 
     fn fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.fd.raw()
+    }
+
+    fn close(&self) {
+        self.fd.close();
     }
 }
 
@@ -88,12 +92,12 @@ impl Unread {
         Ok((self.rest().len() >= PREFIX + length).then_some(length))
     }
 
-    fn fill(&mut self, fd: &OwnedFd) -> Result<(), Refused> {
+    fn fill(&mut self, fd: &PortFd) -> Result<(), Refused> {
         self.bytes.drain(..self.start);
         self.start = 0;
         let had = self.bytes.len();
         self.bytes.resize(had + CHUNK, 0);
-        let result = read(fd, &[segment(&mut self.bytes[had..])]);
+        let result = fd.read(&[segment(&mut self.bytes[had..])]);
         self.bytes.truncate(had + *result.as_ref().unwrap_or(&0));
         match result.map_err(refusal)? {
             0 => Err(Refused::Closed),
@@ -111,9 +115,9 @@ impl Unread {
     }
 }
 
-fn flush(fd: &OwnedFd, unsent: &mut Vec<u8>) -> Result<(), Refused> {
+fn flush(fd: &PortFd, unsent: &mut Vec<u8>) -> Result<(), Refused> {
     while !unsent.is_empty() {
-        match write(fd, &[segment(unsent)]).map_err(refusal) {
+        match fd.write(&[segment(unsent)]).map_err(refusal) {
             Ok(done) => drop(unsent.drain(..done)),
             Err(Refused::Busy) => return Err(Refused::Busy),
             Err(_) => unsent.clear(), // nobody is there to miss it
