@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
+from pyvirtio.testing import placing
 from pyvirtio.testing.driver import VirtioDriver
+from pyvirtio.testing.packed import PackedRing
 from pyvirtio.testing.queue import Queue
 from pyvirtio.testing.registers import COMMON, LEGACY
-from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, linked
+from pyvirtio.testing.ring import WRITE, Desc
 
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 PLACES = ("address", "length", "flags", "next", "head", "jump")
-LIMITS = {"address": 2**64, "length": 2**32, "flags": 2**16, "next": 2**16}
 
 
 def near_borders(ram: Sequence[tuple[int, int]]) -> list[int]:
@@ -46,7 +47,10 @@ class Chain:
 
 @dataclass
 class Mutation:
-    """What is changed after the chains were written: the `which`-th of the places of this kind gets `value`."""
+    """What is changed after the chains were written: the `which`-th of the places of this kind gets `value`.
+
+    In a packed ring "next" is the buffer id, and there are no heads nor indexes to jump.
+    """
 
     place: str
     which: int
@@ -64,7 +68,7 @@ class Batch:
 
     chains: list[Chain]
     order: list[int]
-    """The indexes that the descriptors get, in this order."""
+    """The indexes that the descriptors get, in this order; the ids that the buffers get in a packed ring."""
     mutations: list[Mutation]
 
     @classmethod
@@ -75,46 +79,15 @@ class Batch:
         count = random.choice([0, 0, 0, 1, 1, 2, 3])
         return cls(chains, order, [Mutation.drawn(random, places) for _ in range(count)])
 
-    def place(self, vq: Queue) -> list[int]:
-        """Write the descriptors as far as the ring has room; return the heads to be made available, with `offer`."""
-        free = [index for index in self.order if index < vq.ring.size]
-        written, heads = list[int](), list[int]()
-        for chain in self.chains:
-            needed = 1 if chain.table else len(chain.buffers)
-            if len(chain.buffers) <= vq.ring.size and needed <= len(free):
-                indexes = [free.pop() for _ in range(needed)]
-                written += _write(vq, chain, indexes)
-                heads.append(indexes[0])
-        for mutation in self.mutations:
-            _mutate(vq, written, heads, mutation)
-        return heads
+    def place(self, vq: Queue) -> None:
+        """Write the descriptors as far as the ring has room, whatever stood there; `vq.publish` makes them available.
 
-
-def _write(vq: Queue, chain: Chain, indexes: list[int]) -> list[int]:
-    """Put a chain into the ring's table, or its own; the addresses of its descriptors."""
-    if chain.table is not None:
-        vq.ring.write_desc(indexes[0], Desc(chain.table, 16 * len(chain.buffers), INDIRECT))
-        inner = _write_table(vq, chain.table, list(range(len(chain.buffers))), chain.buffers)
-        return [*inner, vq.ring.desc + 16 * indexes[0]]
-    return _write_table(vq, vq.ring.desc, indexes, chain.buffers)
-
-
-def _write_table(vq: Queue, table: int, indexes: list[int], descs: list[Desc]) -> list[int]:
-    for index, desc in zip(indexes, linked(descs, indexes), strict=True):
-        vq.memory.write(table + 16 * index, desc.pack())
-    return [table + 16 * index for index in indexes]
-
-
-def _mutate(vq: Queue, written: list[int], heads: list[int], mutation: Mutation) -> None:
-    place, which, value = mutation.place, mutation.which, mutation.value
-    if place == "jump":
-        heads.extend([heads[0] if heads else 0] * value)
-    elif place == "head" and heads:
-        heads[which % len(heads)] = value
-    elif place in LIMITS and written:
-        at = written[which % len(written)]
-        desc = Desc.unpack(vq.memory.read(at, 16))
-        vq.memory.write(at, desc._replace(**{place: value % LIMITS[place]}).pack())
+        The ring is the caller's to reset once the device has stopped in the middle of it.
+        """
+        if isinstance(vq.ring, PackedRing):
+            placing.packed(vq, vq.ring, self)
+        else:
+            placing.split(vq, vq.ring, self)
 
 
 def _address(random: Random, places: Sequence[int]) -> int:

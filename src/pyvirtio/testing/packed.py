@@ -72,7 +72,7 @@ class PackedRing:
         self.memory, self.size, self.event_idx, self.in_order = memory, size, event_idx, in_order
         self.desc, self.avail, self.used = desc, avail, used
         self.next_avail = self.next_used = self._published = Place()
-        self._withheld: list[tuple[int, int]] = []
+        self.withheld: list[tuple[int, int]] = []
         """Index and flags of the first descriptors that the device is not to see yet."""
         self._free = deque(range(size))
         self._room = size
@@ -156,15 +156,15 @@ class PackedRing:
             flags = desc.flags | link | self.next_avail.available
             self.write_desc(self.next_avail.index, desc._replace(flags=flags if n else 0, next=id_))
             if n == 0:
-                self._withheld.append((first.index, flags))
+                self.withheld.append((first.index, flags))
             self.next_avail = self.next_avail.after(1, self.size)
         self._room -= len(descs)
         self._chains[id_] = len(descs)
 
     def publish(self) -> bool:
         """Show the device what was added, the first chain last; return whether it asked for a notification."""
-        while self._withheld:
-            self.write_flags(*self._withheld.pop())
+        while self.withheld:
+            self.write_flags(*self.withheld.pop())
         old, self._published = self._published, self.next_avail
         if not self.event_idx or self.device_flags != AT_DESC:
             return self.device_flags != DISABLE

@@ -16,7 +16,7 @@ _generators = st.randoms(note_method_calls=False, use_true_random=False)
 
 
 def batches(guest: Guest, *, size: int = 16) -> st.SearchStrategy[Batch]:
-    """Chains for a ring of `size` in the RAM of `guest`, half of the batches with something wrong in them."""
+    """Chains for a ring of `size`, split or packed, in the RAM of `guest`; half of the batches have something wrong."""
     places = near_borders(guest.ram)
     return _generators.map(lambda random: Batch.drawn(random, places, size=size))
 
