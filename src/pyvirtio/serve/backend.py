@@ -20,6 +20,13 @@ RING_SIZE = 1024
 MAX_VRINGS = 256
 """The protocol has 8 bits for an index where a file descriptor comes with it."""
 
+Gone = Callable[[float], bool]
+"""Waits so many seconds for the front-end to go; whether it has."""
+PATIENCE = 1.0
+"""Seconds after which a stop says what it waits for."""
+LOOK = 0.001
+"""Seconds after which it looks again."""
+
 log = logging.getLogger("pyvirtio")
 
 
@@ -37,8 +44,9 @@ def _broken(name: str, errs: dict[int, CallFd]) -> Callable[[str], None]:
 class Backend:
     """Runs the rings of a device that are ready. A change sets what it concerns and settles; one thread does so."""
 
-    def __init__(self, device: Device, iothreads: Sequence[IoThread]) -> None:
+    def __init__(self, device: Device, iothreads: Sequence[IoThread], gone: Gone) -> None:
         self.device = device
+        self._gone = gone
         self.features = 0
         self.status = 0
         """What the front-end last said that it is."""
@@ -82,7 +90,7 @@ class Backend:
         for vring in self.vrings:
             vring.set_log(log)
             if not vring.ready:
-                vring.stop()
+                self.stop(vring)
         for vring in self.vrings:
             if vring.ready and not vring.running:
                 try:
@@ -93,6 +101,21 @@ class Backend:
                     vring.addresses = None
                     self.state.fail(f"{vring.vq.name}: {error}")
                     raise
+
+    def stop(self, vring: Vring) -> None:
+        """Take nothing more, and wait for what the device holds of it, as long as the front-end is there."""
+        vring.stop(self._drain)
+
+    def _drain(self, vq: VirtQueue) -> None:
+        told, late = False, time.monotonic() + PATIENCE
+        while (held := vq.in_flight) and not self.state.broken and not self._gone(LOOK):
+            if not told and time.monotonic() > late:
+                told = True
+                log.warning("%s: %s: its stop waits for %d requests", self.device.name, vq.name, held)
+            if told and self.device.active_faults:
+                break  # one may be lost on purpose
+        if held:
+            log.warning("%s: %s: stopped with %d requests in flight", self.device.name, vq.name, held)
 
     def memory_changed(self) -> None:
         for vring in self.vrings:
@@ -133,7 +156,7 @@ class Backend:
     def reset(self) -> None:
         """The driver has reset the device: nobody waits for what is in flight."""
         for vring in self.vrings:
-            vring.stop(drain=0)
+            vring.stop()
             vring.enabled, vring.base, vring.inflight = False, None, None
             vring.close_kick()
         self._reset_device()

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from pyvirtio.dataplane import IoThread
@@ -53,6 +54,13 @@ def offered_features(device: Device, rings: Rings) -> int:
     return int(device.device_features) | int(generic) | rings.features | wire.PROTOCOL_FEATURES | wire.LOG_ALL
 
 
+def _hung_up(connection: socket.socket, seconds: float) -> bool:
+    """Whether the other end, or `hang_up`, has closed the connection; waits for that."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(seconds * 1000))
+
+
 class Session(Sharing):
     """Serves `device` to the front-end at the other end of `connection` until it hangs up or breaks the protocol.
 
@@ -65,7 +73,7 @@ class Session(Sharing):
         self.device = device
         self.offered = offered_features(device, rings)
         self.connection = connection
-        self.backend = Backend(device, iothreads)
+        self.backend = Backend(device, iothreads, partial(_hung_up, connection))
         self.protocol_features = ProtocolFeature(0)
         self._channel: socket.socket | None = None
         """Where the front-end listens to us."""
@@ -284,9 +292,9 @@ class Session(Sharing):
         return self.backend.vrings[index]
 
     def _stopped(self, message: Message, index: int) -> Vring:
-        """The vring, not running, so that it can be changed; `_settle` lets it go on."""
+        """The vring, not running, so that it can be changed; `settle` lets it go on."""
         vring = self._vring(message, index)
-        vring.stop()
+        self.backend.stop(vring)
         return vring
 
     def _index_and_fd(self, message: Message) -> tuple[int, int | None]:

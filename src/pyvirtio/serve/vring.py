@@ -1,8 +1,7 @@
 """One virtqueue as a vhost-user front-end sets it up: its vring with kick, call and err file descriptors."""
 
-import logging
 import os
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from pyvirtio._core import CallFd, DirtyLog, GuestMemory, InflightRegion, VirtQueue
@@ -13,10 +12,8 @@ from pyvirtio.notifiers import Undo
 from pyvirtio.serve.memory import MemoryTable
 from pyvirtio.spec import WRAP_COUNTER, Feature
 
-DRAIN = 1.0
-"""Seconds that a stop waits for the chains which the device still holds."""
-
-log = logging.getLogger("pyvirtio")
+Drain = Callable[[VirtQueue], object]
+"""Waits for the chains of a queue that the device still holds."""
 
 
 class Vring:
@@ -140,23 +137,19 @@ class Vring:
             return None
         return self.base & 0xFFFF, self.base >> 16
 
-    def stop(self, drain: float = DRAIN) -> None:
-        """Take nothing more, wait up to `drain` seconds for what the device holds; `base` is where to go on."""
+    def stop(self, drain: Drain = lambda _: None) -> None:
+        """Take nothing more, and `drain` what the device holds; `base` is where to go on."""
         polling, self._polling = self._polling, None
         if polling is None:
             return
         polling.close()
-        deadline = time.monotonic() + drain
-        while self.vq.in_flight and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if self.vq.in_flight and drain:
-            log.warning("%s: stopped with %d requests in flight", self.vq.name, self.vq.in_flight)
+        drain(self.vq)
         avail, used = self.vq.stop()
         self.base = avail | used << 16 if self._packed else avail
 
     def close(self) -> None:
         """The front-end is gone."""
-        self.stop(drain=0)
+        self.stop()
         self.close_kick()
         self.vq.set_call(None)
         self.inflight = self._log = None
