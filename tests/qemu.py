@@ -43,3 +43,10 @@ def vhost_user(name: str, socket: Path, device: str, *, reconnect: bool = False)
     """The options for one served device."""
     again = ",reconnect=1" if reconnect else ""
     return ["-chardev", f"socket,id={name},path={socket}{again}", "-device", f"{device},chardev={name}"]
+
+
+def vhost_user_net(name: str, socket: Path, *properties: str, queues: int = 1) -> list[str]:
+    """The options for one served network card; without MSI-X, for which QEMU 7.2 crashes unless there is KVM."""
+    chardev = ["-chardev", f"socket,id={name}chr,path={socket}"]
+    netdev = ["-netdev", f"vhost-user,id={name},chardev={name}chr,queues={queues}"]
+    return [*chardev, *netdev, "-device", ",".join(["virtio-net-pci", f"netdev={name}", "vectors=0", *properties])]

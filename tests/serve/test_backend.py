@@ -160,6 +160,30 @@ def test_memory_comes_and_goes_while_a_ring_runs(serve: Serve) -> None:
         vm.wait_broken()
 
 
+def test_a_region_that_is_added_twice_stays_until_it_is_removed_twice(serve: Serve) -> None:
+    """QEMU 7.2 adds and removes each of them once for every queue pair of a network card."""
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start()
+        ((region, fd),) = vm.regions()
+        vm.acked(Request.ADD_MEM_REG, bytes(8) + region, [fd])
+        vm.acked(Request.REM_MEM_REG, bytes(8) + region, [fd])
+        buffer = vm.requestq.add(writable=7)
+        vm.requestq.kick()
+        assert buffer.wait() == count_up(7)
+        vm.acked(Request.REM_MEM_REG, bytes(8) + region, [fd])
+        vm.wait_broken()
+
+
+def test_another_file_where_there_is_memory_already_ends_the_session(serve: Serve) -> None:
+    other = GuestMemory.allocate([(0, 4 * MIB)])
+    ((_, _, fd, _),) = other.regions
+    with FrontEnd(serve(Rng(source=count_up))) as vm:
+        vm.start()
+        ((region, _),) = vm.regions()
+        vm.send(Request.ADD_MEM_REG, bytes(8) + region, [fd])
+        vm.wait_hangup()
+
+
 def test_a_new_memory_table_while_a_ring_runs(serve: Serve) -> None:
     with FrontEnd(serve(Rng(source=count_up))) as vm:
         vm.start()

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,23 +45,34 @@ class MemoryTable:
     def __init__(self) -> None:
         self.memory = GuestMemory([])
         self._regions: list[Region] = []
+        self._repeated: Counter[Region] = Counter()
+        """How many more times each was added, and is to be removed."""
 
     def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
         """All regions at once. `ProtocolError` for what cannot be, and then nothing has changed."""
         for index, (region, fd) in enumerate(zip(regions, fds, strict=True)):
             _check_new(region, fd, regions[:index])
         self._map(regions, fds)
+        self._repeated.clear()
 
     def add(self, region: Region, fd: int) -> None:
+        """One more. QEMU 7.2 adds each of them for every queue pair of a network card, and removes it as often."""
+        if region in self._regions and os.path.sameopenfile(fd, *self._fds([region])):
+            self._repeated[region] += 1
+            return
         if len(self._regions) >= MAX_SLOTS:
             raise ProtocolError(f"{region}: all {MAX_SLOTS} slots are in use")
         _check_new(region, fd, self._regions)
         self._map([*self._regions, region], [*self._fds(self._regions), fd])
 
     def remove(self, guest: int, size: int, user: int) -> None:
-        kept = [r for r in self._regions if (r.guest, r.size, r.user) != (guest, size, user)]
-        if len(kept) == len(self._regions):
+        region = next((r for r in self._regions if (r.guest, r.size, r.user) == (guest, size, user)), None)
+        if region is None:
             raise ProtocolError(f"memory region of {size:#x} bytes at {guest:#x}: there is none to remove")
+        if self._repeated[region]:
+            self._repeated[region] -= 1
+            return
+        kept = [r for r in self._regions if r != region]
         self._map(kept, self._fds(kept))
 
     def translate(self, user: int) -> int:
