@@ -293,6 +293,11 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
         (lambda c: c.update(extents=[[0, 1 << 40]]), "less memory than it says"),
         (lambda c: c.update(extents=[]), "more memory than it says"),
         (lambda c: c.update(extents=[[1 << 40, 64]]), "are not guest memory"),
+        (lambda c: c.update(extents=[[0, -1]]), "more memory than it says"),
+        (lambda c: c["extents"][0].__setitem__(0, -1), "no snapshot"),
+        (lambda c: c.update(machine=[]), "no snapshot"),
+        (lambda c: c["machine"].clear(), "no snapshot"),
+        (lambda c: c.update(state=c["state"]["cpus"]), "no snapshot"),
         (lambda c: c["state"]["cpus"].clear(), "no snapshot"),
         (lambda c: c["state"]["cpus"][0].pop("lapic"), "the state has no lapic"),
         (lambda c: c["state"]["cpus"][0].update(cpuid={"hex": "00"}), "the CPU of this host"),
@@ -302,11 +307,32 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
         (lambda c: c["state"]["pci"]["slots"].pop("1"), "no snapshot"),
         (lambda c: c["state"]["pci"]["slots"]["1"].update(config={"hex": "00" * 256}), "another device"),
         (lambda c: c["state"]["pci"]["slots"]["1"].update(config={"hex": "00"}), "another device"),
+        (lambda c: c["state"]["pci"]["slots"]["1"]["driver"]["queues"].clear(), "no snapshot"),
+        (lambda c: c["state"]["pci"]["slots"]["1"]["interrupts"].update(isr=1 << 20), "no snapshot"),
+        (lambda c: c["state"]["pci"]["slots"]["1"]["interrupts"]["queue_vectors"].clear(), "no snapshot"),
+        (lambda c: c["state"]["pci"]["slots"]["1"]["interrupts"]["msix"].update(table={"hex": ""}), "no snapshot"),
+        (lambda c: c["state"]["pci"]["slots"]["1"]["interrupts"]["msix"].update(pending=[99]), "no snapshot"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(image: Path, taken: Path, change: Callable[[Any], object], message: str) -> None:
     rewrite(taken, change)
     assert re.search(message, refusal(machine(image), taken))
+
+
+@pytest.mark.parametrize("name", [snapshot.MEMORY, snapshot.STATE])
+def test_a_snapshot_that_would_grow_is_refused(image: Path, taken: Path, name: str) -> None:
+    """None of ours is compressed; a small file that is not could stand for more than this host has."""
+    with zipfile.ZipFile(taken) as archive:
+        parts = {part: archive.read(part) for part in (snapshot.MEMORY, snapshot.STATE)}
+    with zipfile.ZipFile(taken, "w") as archive:
+        for part, data in parts.items():
+            archive.writestr(part, data, zipfile.ZIP_DEFLATED if part == name else zipfile.ZIP_STORED)
+    assert f"{name} is compressed" in refusal(machine(image), taken)
+
+
+def test_a_description_larger_than_any_is_refused(image: Path, taken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "MAX_STATE", 1000)
+    assert "machine.json has " in refusal(machine(image), taken)
 
 
 def test_the_command_says_it_in_one_line(image: Path, taken: Path, capsys: pytest.CaptureFixture[str]) -> None:

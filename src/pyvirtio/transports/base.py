@@ -265,7 +265,7 @@ class DriverState:
             raise ConfigError(f"{name}: offers the features {self.offered:#x}, and offered {state['offered']:#x}")
         for field in self.SAVED:
             setattr(self, field, state[field])
-        self.setups = [QueueSetup(**setup) for setup in state["queues"]]
+        self.setups = [QueueSetup(**setup) for setup, _ in zip(state["queues"], self.setups, strict=True)]
         self._positions = {index: (avail, used) for index, (avail, used) in state["positions"]}
         self._status = Status(state["status"])
         if state["broken"]:

@@ -80,8 +80,8 @@ class MsixTable:
         return {"table": bytes(self._table), "pending": [n for n, vector in enumerate(self.vectors) if vector.pending]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the state of `save`, before message control is set."""
-        self._table[:] = state["table"]
+        """Take the state of `save`, before message control is set; `ValueError` if it was another table."""
+        memoryview(self._table)[:] = state["table"]
         for index in state["pending"]:
             self.vectors[index].pending = True
 

@@ -90,7 +90,8 @@ class Interrupts:
 
     def restore(self, state: dict[str, Any], msix_control: int) -> None:
         """Take the state of `save`: the line rises again, and what was pending still is."""
-        self.config_vector, self.queue_vectors = state["config_vector"], state["queue_vectors"]
+        vectors = zip(state["queue_vectors"], self.queue_vectors, strict=True)
+        self.config_vector, self.queue_vectors = state["config_vector"], [vector for vector, _ in vectors]
         if self.msix is not None:
             self.msix.restore(state["msix"])
             self.msix.set_control(msix_control)

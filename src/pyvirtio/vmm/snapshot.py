@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from pyvirtio._core import GuestMemory
 from pyvirtio.errors import ConfigError, GuestError
@@ -33,6 +33,8 @@ STATE, MEMORY = "machine.json", "memory"
 PIECE = 64 * 1024
 """Bytes of memory that are stored, or left out because all of them are zero."""
 ZEROES = bytes(PIECE)
+MAX_STATE = 64 << 20
+"""Bytes of `machine.json`; that of a large machine has a few million."""
 
 Extent = tuple[int, int]
 """Guest address and length of RAM that is stored."""
@@ -80,6 +82,7 @@ def _opened(path: Path, machine: dict[str, Any]) -> Iterator[tuple[ZipFile, dict
     """The file and what its `machine.json` says. All that is wrong with it becomes a `ConfigError`."""
     try:
         with ZipFile(path) as archive:
+            _check_size(archive)
             contents = decode(archive.read(STATE))
             _check(contents, machine)
             yield archive, contents
@@ -87,7 +90,7 @@ def _opened(path: Path, machine: dict[str, Any]) -> Iterator[tuple[ZipFile, dict
         raise ConfigError(f"snapshot {path}: {error}") from error
     except (OSError, RuntimeError, GuestError) as error:
         raise ConfigError(f"snapshot {path}: {getattr(error, 'strerror', None) or error}") from error
-    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"snapshot {path}: truncated, damaged, or no snapshot ({error})") from error
 
 
@@ -105,14 +108,23 @@ def _description(machine: Machine) -> dict[str, Any]:
     return describe(machine.boot, machine.memory, machine.smp, machine.devices)
 
 
+def _check_size(archive: ZipFile) -> None:
+    """The file may be a stranger's, and small for what it would be in memory."""
+    for name in (STATE, MEMORY):
+        if archive.getinfo(name).compress_type != ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+    if (size := archive.getinfo(STATE).file_size) > MAX_STATE:
+        raise ValueError(f"{STATE} has {size} bytes, at most {MAX_STATE} are allowed")
+
+
 def _check(contents: dict[str, Any], ours: dict[str, Any]) -> None:
     if contents["kind"] != KIND:
         raise ValueError(f"it is a {contents['kind']}")
     if contents["version"] != VERSION:
         raise ConfigError(f"has version {contents['version']} of the format, this is version {VERSION}")
-    for what, wanted in contents["machine"].items():
-        if ours[what] != wanted:
-            raise ConfigError(f"{what} of that machine: {wanted or 'none'}; of this one: {ours[what] or 'none'}")
+    for what, is_ours in ours.items():
+        if (wanted := contents["machine"][what]) != is_ours:
+            raise ConfigError(f"{what} of that machine: {wanted or 'none'}; of this one: {is_ours or 'none'}")
 
 
 def _contents(machine: Machine, extents: list[Extent]) -> dict[str, Any]:
@@ -176,7 +188,7 @@ def _store(file: IO[bytes], address: int, data: bytes) -> Extent:
 
 
 def _load(memory: GuestMemory, file: IO[bytes], address: int, length: int) -> None:
-    while length:
+    while length > 0:
         data = file.read(min(length, PIECE))
         if not data:
             raise EOFError("less memory than it says")
