@@ -1,6 +1,8 @@
 """Tap interfaces: opened or made with the flags the core expects, and one clear line if that cannot be."""
 
 import ctypes
+import errno
+import fcntl
 import os
 import select
 import socket
@@ -89,6 +91,31 @@ def test_several_queues_of_which_the_driver_uses_some() -> None:
                 os.write(fd, NO_OFFLOAD + FRAME)
                 assert host.recv(2000) == FRAME
     backend.close()
+
+
+def test_queues_that_the_host_refuses_can_be_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = object.__new__(Tap)
+    backend.fds, backend.attached = [10, 11, 12, 13], 1
+    attached, refused = {10}, {12}
+
+    def ioctl(fd: int, request: int, argument: bytes) -> None:
+        attach = tap.IFREQ.unpack(argument)[1] == tap.IFF_ATTACH_QUEUE
+        if fd in refused or attach is (fd in attached):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        attached.symmetric_difference_update({fd})
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    with pytest.raises(OSError, match="Invalid"):
+        backend.set_queue_pairs(4)
+    refused.clear()
+    backend.set_queue_pairs(4)
+    assert attached == {10, 11, 12, 13}
+    refused.add(11)
+    with pytest.raises(OSError, match="Invalid"):
+        backend.set_queue_pairs(1)
+    refused.clear()
+    backend.set_queue_pairs(1)
+    assert attached == {10}
 
 
 @own_network

@@ -104,6 +104,16 @@ def test_a_large_frame_takes_several_buffers(guest: Guest) -> None:
     assert nic.receive().frame == frame(7)
 
 
+def test_a_frame_larger_than_a_ring_of_buffers_does_not_wait_for_ever(guest: Guest) -> None:
+    wire = Wire()
+    nic = plug(guest, wire, rx_queue_size=4)
+    nic.post(20, 4)
+    wire.put(frame(1, 200))
+    wire.put(frame(2, 60))
+    assert nic.receive().frame == frame(2, 60)
+    assert counters(nic)["rx_dropped_buffer"] == 1
+
+
 def test_without_mergeable_buffers_what_is_larger_than_one_is_dropped(guest: Guest) -> None:
     wire = Wire()
     nic = plug(guest, wire, features=~NetFeature.MRG_RXBUF)

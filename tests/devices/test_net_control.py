@@ -1,10 +1,12 @@
 """The control queue of a network device: what a driver receives, its address, offloads and queue pairs."""
 
+import errno
+import os
 import struct
 from collections.abc import Sequence
 
 import pytest
-from wire import Wire, counters
+from wire import Wire, counters, device_of, plug
 
 from pyvirtio.devices.net import Net
 from pyvirtio.spec import Feature, NetFeature
@@ -211,6 +213,38 @@ def test_switching_offloads_leaves_the_rest_as_it_was_agreed(guest: Guest) -> No
     assert station.nic.receive().frame == frame(1), "behind a header of 12 bytes still"
     station.nic.send(frame(2), Header(NEEDS_CSUM, csum_start=34, csum_offset=16)).wait()
     assert station.wire.take()[0].flags == NEEDS_CSUM
+
+
+class Unwilling(Wire):
+    """The host refuses what it is asked for while `refuses`, as it does for a tap that somebody has deleted."""
+
+    refuses = False
+
+    def _ask(self) -> None:
+        if self.refuses:
+            raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
+
+    def set_offload(self, features: int) -> None:
+        self._ask()
+        super().set_offload(features)
+
+    def set_queue_pairs(self, count: int) -> None:
+        self._ask()
+        super().set_queue_pairs(count)
+
+
+def test_what_the_host_refuses_is_an_error_of_the_command(guest: Guest) -> None:
+    """The device goes on, with what it had."""
+    wire = Unwilling(2)
+    nic = plug(guest, wire)
+    wire.refuses = True
+    assert nic.command(MQ, 0, struct.pack("<H", 2)) == ERR
+    assert nic.command(OFFLOADS, 0, bytes(8)) == ERR
+    nic.post(count=2)
+    wire.put(frame(1, 1000), Header(NEEDS_CSUM, TCPV4, 54, 1448, 34, 16))
+    assert nic.receive().header.gso_type == TCPV4
+    control = device_of(nic.driver).control
+    assert (control.queue_pairs, control.offloads) == (1, None)
 
 
 @pytest.mark.parametrize(

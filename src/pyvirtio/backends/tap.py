@@ -94,10 +94,12 @@ class Tap(NetBackend):
 
     def set_queue_pairs(self, count: int) -> None:
         """The host spreads its frames over the queues that are attached."""
-        for pair in range(min(count, self.attached), max(count, self.attached)):
-            change = IFF_ATTACH_QUEUE if pair < count else IFF_DETACH_QUEUE
-            fcntl.ioctl(self.fds[pair], TUNSETQUEUE, IFREQ.pack(b"", change))
-        self.attached = count
+        while self.attached < count:
+            fcntl.ioctl(self.fds[self.attached], TUNSETQUEUE, IFREQ.pack(b"", IFF_ATTACH_QUEUE))
+            self.attached += 1
+        while self.attached > count:
+            fcntl.ioctl(self.fds[self.attached - 1], TUNSETQUEUE, IFREQ.pack(b"", IFF_DETACH_QUEUE))
+            self.attached -= 1
 
     def close(self) -> None:
         fds, self.fds, self.vhost_fds = [*self.fds, *self.vhost_fds], [], []

@@ -81,7 +81,7 @@ class Control:
         try:
             self._execute(chain)
             chain.write(bytes([OK]))
-        except Refused:
+        except (Refused, OSError):  # or the host refuses: its tap may be gone
             chain.write(bytes([ERR]))
 
     def _execute(self, chain: Chain) -> None:
@@ -140,8 +140,8 @@ class Control:
         self._use_queue_pairs(count)
 
     def _use_queue_pairs(self, count: int) -> None:
-        self.queue_pairs = count
         self.net.set_queue_pairs(count)
+        self.queue_pairs = count
 
     def set_offloads(self, data: bytes) -> None:
         (offloads,) = _unpack("<Q", data)
@@ -150,8 +150,8 @@ class Control:
         self._take_offloads(offloads)
 
     def _take_offloads(self, offloads: int) -> None:
-        self.offloads = offloads
         self.net.set_offloads(NetFeature(offloads))
+        self.offloads = offloads
 
 
 Command = tuple[NetFeature, Callable[[Control, bytes], None]]

@@ -187,7 +187,7 @@ impl Receiver<'_> {
         let mut more = SmallVec::<[Chain; 4]>::new();
         let mut at = rest.start;
         while at < rest.end {
-            if !self.config.merge || more.len() + 1 == MAX_BUFFERS {
+            if more.len() + 1 >= self.most_buffers() {
                 self.give_back(more);
                 return Ok(self.drop_frame(room, Reason::Buffer));
             }
@@ -216,6 +216,15 @@ impl Receiver<'_> {
             let _ = chain.complete();
         }
         Ok(Step::Filled(frame.length as u64))
+    }
+
+    /// How many buffers a frame may take; a driver cannot add one more than the ring has entries.
+    fn most_buffers(&self) -> usize {
+        if self.config.merge {
+            MAX_BUFFERS.min(self.vq.size().into())
+        } else {
+            1
+        }
     }
 
     /// Keep the frame until the driver has added buffers.
