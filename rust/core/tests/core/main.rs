@@ -3,6 +3,7 @@
 mod bench;
 mod chains;
 mod driver;
+mod endless;
 mod garbage;
 mod hostile;
 mod inflight;

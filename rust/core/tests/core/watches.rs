@@ -10,13 +10,13 @@ use std::time::Duration;
 use pyvirtio_core::sync::EventFd;
 use pyvirtio_core::{IoThread, Watcher};
 
-const HANG: Duration = Duration::from_secs(10);
+pub const HANG: Duration = Duration::from_secs(10);
 
 /// A loop on its thread, which ends with the value.
-struct Running(Arc<IoThread>, Option<JoinHandle<()>>);
+pub struct Running(pub Arc<IoThread>, Option<JoinHandle<()>>);
 
 impl Running {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let thread = Arc::new(IoThread::new(0, 0, 0).unwrap());
         let looping = thread.clone();
         Self(thread, Some(std::thread::spawn(move || looping.run().unwrap())))
