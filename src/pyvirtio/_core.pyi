@@ -439,7 +439,10 @@ class BlkPlane:
     """Flush after every write (the driver did not take VIRTIO_BLK_F_FLUSH, or switched the cache off)."""
     @property
     def counters(self) -> dict[str, int]:
-        """reads, writes, flushes, discards, errors, bytes_read, bytes_written."""
+        """reads, writes, flushes, discards, merged, errors, bytes_read, bytes_written.
+
+        `merged` counts requests that were done together with the one before.
+        """
 
 @final
 class BlkLoad:

@@ -112,6 +112,41 @@ def test_a_file_that_became_shorter_fails_the_requests_past_its_end(guest: Guest
     assert disk.read(0, 4096) == file.path.read_bytes()[:4096]
 
 
+def neighbours(disk: Disk, kind: Kind, parts: list[bytes]) -> list[Request]:
+    """Requests that follow one another from the beginning of the disk, all available at once."""
+    requests, sector = [], 0
+    for part in parts:
+        data, room = ([part], []) if kind is Kind.WRITE else ([], [len(part)])
+        requests.append(disk.submit(kind, sector, data, room=room, kick=False))
+        sector += len(part) // SECTOR
+    disk.queues[0].kick()
+    return requests
+
+
+def test_neighbours_are_done_together(guest: Guest, file: File) -> None:
+    blk = Blk(file, queue_size=128)
+    disk = Disk(guest.plug(blk, name="blk0"))
+    parts = [os.urandom(n * file.block_size) for n in (1, 3, 2, 1, 5, 8, 1, 1)]
+    assert [request.wait() for request in neighbours(disk, Kind.WRITE, parts)] == [Verdict.OK] * 8
+    assert disk.read(0, 22 * file.block_size) == b"".join(parts)
+    reads = neighbours(disk, Kind.READ, parts)
+    assert [request.wait() for request in reads] == [Verdict.OK] * 8
+    assert [request.data for request in reads] == parts
+    # Written through, each write is flushed before it is answered.
+    assert blk.plane.counters["merged"] == (7 if file.writethrough else 14)
+
+
+def test_neighbours_that_fail_together_fail_each_for_itself(guest: Guest, file: File) -> None:
+    disk = Disk(guest.plug(Blk(file), name="blk0"))
+    content = file.path.read_bytes()
+    os.truncate(file.path, 3 * 4096 + file.block_size)
+    reads = neighbours(disk, Kind.READ, [bytes(8192)] * 4)
+    assert [request.wait() for request in reads] == [Verdict.OK, Verdict.IOERR, Verdict.IOERR, Verdict.IOERR]
+    assert reads[0].data == content[:8192]
+    assert reads[1].buffer.used_len == 4096 + file.block_size + 1
+    assert reads[2].buffer.used_len == 1
+
+
 def test_the_methods_in_python_do_the_same(file: File) -> None:
     content = file.path.read_bytes()
     data = os.urandom(2 * file.block_size)

@@ -10,7 +10,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyInt};
 use pyvirtio_core::planes::blk::{self, Backend, Buffers, Disk, Failure, ID_BYTES};
-use pyvirtio_core::planes::{FileBackend, NullBackend, UringQueue};
+use pyvirtio_core::planes::{FileBackend, Merging, NullBackend, UringQueue};
 use pyvirtio_core::{Handler, VirtQueue};
 
 use crate::buffer::{self, Views};
@@ -41,6 +41,7 @@ pub struct BlkPlane {
 /// How the requests of a queue are served.
 enum Service {
     Native,
+    Merged,
     Uring(FileBackend),
     Attached,
 }
@@ -49,6 +50,7 @@ impl BlkPlane {
     pub fn handler(&self, py: Python<'_>, vq: &VirtQueue) -> Arc<dyn Handler> {
         match &self.service {
             Service::Native => self.plane.clone(),
+            Service::Merged => Arc::new(Merging(self.plane.clone())),
             Service::Attached => Arc::new(Attached(self.plane.clone())),
             Service::Uring(file) => match UringQueue::new(self.plane.clone(), file.clone(), vq) {
                 Ok(queue) => Arc::new(queue),
@@ -132,10 +134,10 @@ impl BlkPlane {
             max_ranges: max_discard_segments,
         };
         let (backend, service): (Box<dyn Backend>, Service) = if let Ok(fd) = backend.extract::<RawFd>() {
-            (Box::new(FileBackend::new(duplicate(fd)?, 1)), Service::Native)
+            (Box::new(FileBackend::new(duplicate(fd)?, 1)), Service::Merged)
         } else if let Ok(io) = backend.cast::<FileIo>() {
             let FileIo { file, aio } = io.get();
-            (Box::new(file.clone()), if *aio == URING { Service::Uring(file.clone()) } else { Service::Native })
+            (Box::new(file.clone()), if *aio == URING { Service::Uring(file.clone()) } else { Service::Merged })
         } else if backend.cast::<NullIo>().is_ok() {
             (Box::new(NullBackend), Service::Native)
         } else {

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
 use super::pace::Pace;
+use super::transfer::in_pieces;
 pub use super::transfer::Buffers;
-use super::transfer::{in_pieces, transfer};
-use crate::chain::{Chain, ChainError, Segment};
+use crate::chain::{Chain, ChainError};
 use crate::counters::Counter;
 use crate::queue::{Handler, VirtQueue};
 
@@ -30,7 +30,7 @@ const STATUS_BYTES: usize = 1;
 const RANGE_BYTES: usize = 16;
 
 /// Why a request was not done.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Failure {
     /// The host could not do it, or the driver asked for something it must not: VIRTIO_BLK_S_IOERR.
     Refused,
@@ -45,6 +45,9 @@ impl From<io::Error> for Failure {
         Self::Refused
     }
 }
+
+/// The device needs a reset, and was told why.
+pub struct Broken;
 
 /// A stale chain gets no answer at all, so what it says does not matter.
 impl From<ChainError> for Failure {
@@ -94,25 +97,28 @@ impl Disk {
     }
 }
 
-/// Since the plane was made; `errors` counts requests that were answered with an error.
+/// Since the plane was made; `errors` counts requests that were answered with an error, `merged` those that were done
+/// together with the one before.
 #[derive(Debug, Default)]
 pub struct BlkCounters {
     pub reads: Counter,
     pub writes: Counter,
     pub flushes: Counter,
     pub discards: Counter,
+    pub merged: Counter,
     pub errors: Counter,
     pub bytes_read: Counter,
     pub bytes_written: Counter,
 }
 
 impl BlkCounters {
-    pub fn named(&self) -> [(&'static str, u64); 7] {
+    pub fn named(&self) -> [(&'static str, u64); 8] {
         [
             ("reads", self.reads.get()),
             ("writes", self.writes.get()),
             ("flushes", self.flushes.get()),
             ("discards", self.discards.get()),
+            ("merged", self.merged.get()),
             ("errors", self.errors.get()),
             ("bytes_read", self.bytes_read.get()),
             ("bytes_written", self.bytes_written.get()),
@@ -123,12 +129,19 @@ impl BlkCounters {
 /// What a request asks for. Offsets and lengths are bytes, whole blocks within the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
-    Read { offset: u64, length: usize },
-    Write { offset: u64, length: usize },
+    Transfer(Stretch),
     Flush,
     GetId,
     Discard,
     WriteZeroes,
+}
+
+/// What a read or a write is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    pub write: bool,
+    pub offset: u64,
+    pub length: usize,
 }
 
 /// Serves the request queues of a disk, any number of them.
@@ -144,11 +157,11 @@ impl Handler for BlkPlane {
     fn handle(&self, vq: &Arc<VirtQueue>) {
         let mut pace = Pace::new();
         while let Some(mut chain) = vq.pop() {
-            if let Err(reason) = self.serve(&mut chain) {
-                vq.state().fail(&format!("{}: {reason}", vq.name()));
+            let op = self.decode(&mut chain);
+            if self.serve(&mut chain, op).is_err() {
                 return;
             }
-            if pace.answered() {
+            if pace.answered(1) {
                 vq.publish();
             }
         }
@@ -160,19 +173,23 @@ impl BlkPlane {
         Self { backend, disk, writethrough: AtomicBool::new(false), counters: BlkCounters::default() }
     }
 
-    /// Answer one request; an error is why the device needs a reset.
-    fn serve(&self, chain: &mut Chain) -> Result<(), String> {
-        let result = self.decode(chain).and_then(|op| self.execute(chain, op));
+    /// Do a request on this thread, and answer it.
+    pub fn serve(&self, chain: &mut Chain, op: Result<Op, Failure>) -> Result<(), Broken> {
+        let result = op.and_then(|op| self.execute(chain, op));
         self.answer(chain, result)
     }
 
     /// Give a request back with its status.
-    pub fn answer(&self, chain: &mut Chain, result: Result<(), Failure>) -> Result<(), String> {
+    pub fn answer(&self, chain: &mut Chain, result: Result<(), Failure>) -> Result<(), Broken> {
         let status = match result {
             Ok(()) => S_OK,
             Err(Failure::Refused) => S_IOERR,
             Err(Failure::Unsupported) => S_UNSUPP,
-            Err(Failure::Broken(reason)) => return Err(reason),
+            Err(Failure::Broken(reason)) => {
+                // Now: the chain will be dropped, which is a reason as well.
+                chain.vq().state().fail(&format!("{}: {reason}", chain.vq().name()));
+                return Err(Broken);
+            }
         };
         if status != S_OK {
             self.counters.errors.add(1);
@@ -213,7 +230,7 @@ impl BlkPlane {
             return Err(Failure::Refused);
         }
         self.counters.reads.add(1);
-        Ok(Op::Read { offset, length })
+        Ok(Op::Transfer(Stretch { write: false, offset, length }))
     }
 
     fn decode_write(&self, chain: &Chain, sector: u64) -> Result<Op, Failure> {
@@ -223,14 +240,12 @@ impl BlkPlane {
             return Err(Failure::Refused);
         }
         self.counters.writes.add(1);
-        Ok(Op::Write { offset, length })
+        Ok(Op::Transfer(Stretch { write: true, offset, length }))
     }
 
-    /// Do it, on this thread.
-    pub fn execute(&self, chain: &mut Chain, op: Op) -> Result<(), Failure> {
+    fn execute(&self, chain: &mut Chain, op: Op) -> Result<(), Failure> {
         match op {
-            Op::Read { offset, length } => self.read(chain, offset, length),
-            Op::Write { offset, length } => self.write(chain, offset, length),
+            Op::Transfer(stretch) => self.transfer(chain, stretch),
             Op::Flush => self.flush(),
             Op::GetId => self.get_id(chain),
             Op::Discard => self.discard(chain),
@@ -238,50 +253,31 @@ impl BlkPlane {
         }
     }
 
-    /// Read or write these buffers of a request, on this thread.
-    pub fn transfer(
-        &self,
-        chain: &mut Chain,
-        segments: &mut [Segment],
-        offset: u64,
-        write: bool,
-    ) -> Result<(), Failure> {
-        let memory = chain.memory();
-        let (done, result) = transfer(segments, offset, |segments, at| {
-            let buffers = Buffers { memory, segments };
-            if write {
-                self.backend.write(&buffers, at)
-            } else {
-                self.backend.read(&buffers, at)
-            }
-        });
-        if !write {
-            self.has_read(chain, done);
-            return result;
+    fn transfer(&self, chain: &mut Chain, stretch: Stretch) -> Result<(), Failure> {
+        let Stretch { write, offset, length } = stretch;
+        let take = if write { Chain::take_readable } else { Chain::take_writable };
+        let (done, result) = in_pieces(chain, length, offset, take, |buffers, at| self.step(write, buffers, at));
+        self.transferred(chain, write, done);
+        result.and_then(|()| self.flush_after(write))
+    }
+
+    /// Let the backend read or write, as much as it likes.
+    pub fn step(&self, write: bool, buffers: &Buffers<'_>, offset: u64) -> Result<usize, Failure> {
+        if write {
+            self.backend.write(buffers, offset)
+        } else {
+            self.backend.read(buffers, offset)
         }
-        self.counters.bytes_written.add(done as u64);
-        result.and_then(|()| self.flush_if_writethrough())
     }
 
-    fn read(&self, chain: &mut Chain, offset: u64, length: usize) -> Result<(), Failure> {
-        let (done, result) =
-            in_pieces(chain, length, offset, Chain::take_writable, |into, at| self.backend.read(into, at));
-        self.has_read(chain, done);
-        result
-    }
-
-    /// Count what was read into the guest's buffers.
-    pub fn has_read(&self, chain: &mut Chain, bytes: usize) {
-        chain.wrote(bytes as u32);
-        self.counters.bytes_read.add(bytes as u64);
-    }
-
-    fn write(&self, chain: &mut Chain, offset: u64, length: usize) -> Result<(), Failure> {
-        let (done, result) =
-            in_pieces(chain, length, offset, Chain::take_readable, |from, at| self.backend.write(from, at));
-        self.counters.bytes_written.add(done as u64);
-        result?;
-        self.flush_if_writethrough()
+    /// Count what was read into the driver's buffers, or written from them.
+    pub fn transferred(&self, chain: &mut Chain, write: bool, bytes: usize) {
+        if write {
+            self.counters.bytes_written.add(bytes as u64);
+        } else {
+            chain.wrote(bytes as u32);
+            self.counters.bytes_read.add(bytes as u64);
+        }
     }
 
     fn flush(&self) -> Result<(), Failure> {
@@ -293,8 +289,9 @@ impl BlkPlane {
         self.writethrough.load(Ordering::Relaxed)
     }
 
-    fn flush_if_writethrough(&self) -> Result<(), Failure> {
-        if self.is_writethrough() {
+    /// What a transfer that went well has to be followed by.
+    pub fn flush_after(&self, write: bool) -> Result<(), Failure> {
+        if write && self.is_writethrough() {
             self.flush()
         } else {
             Ok(())
@@ -323,7 +320,7 @@ impl BlkPlane {
             self.backend.write_zeroes(range.length, range.offset, range.flags & FLAG_UNMAP != 0)?;
             self.counters.bytes_written.add(range.length);
         }
-        self.flush_if_writethrough()
+        self.flush_after(true)
     }
 
     /// The ranges of a discard or write-zeroes request, all of them checked; empty ones are left out.

@@ -3,6 +3,7 @@
 mod aligned;
 pub mod blk;
 mod file;
+mod merge;
 pub mod net;
 mod null;
 mod pace;
@@ -10,5 +11,6 @@ mod transfer;
 mod uring;
 
 pub use file::FileBackend;
+pub use merge::Merging;
 pub use null::NullBackend;
 pub use uring::{io_uring_missing, UringQueue};

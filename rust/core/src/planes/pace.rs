@@ -13,23 +13,24 @@ const MAX_STRIDE: u32 = 16;
 /// When to publish within a batch. While requests are quick the clock is read for some of them only.
 pub struct Pace {
     since: Instant,
+    /// Requests to be answered before the clock is read again, and those that were since.
     stride: u32,
-    left: u32,
+    answered: u32,
     unpublished: u32,
 }
 
 impl Pace {
     pub fn new() -> Self {
-        Self { since: Instant::now(), stride: 1, left: 1, unpublished: 0 }
+        Self { since: Instant::now(), stride: 1, answered: 0, unpublished: 0 }
     }
 
-    /// A request was answered; true if the driver should know by now.
-    pub fn answered(&mut self) -> bool {
-        self.unpublished += 1;
-        self.left -= 1;
-        // Before anything else: it renews `left`.
-        let slow = self.left == 0 && self.is_slow();
-        let due = slow || self.unpublished == PUBLISHED;
+    /// Some requests were answered; true if the driver should know by now.
+    pub fn answered(&mut self, requests: u32) -> bool {
+        self.unpublished += requests;
+        self.answered += requests;
+        // Before anything else: it renews `stride`.
+        let slow = self.answered >= self.stride && self.is_slow();
+        let due = slow || self.unpublished >= PUBLISHED;
         if due {
             self.unpublished = 0;
         }
@@ -38,10 +39,10 @@ impl Pace {
 
     fn is_slow(&mut self) -> bool {
         let now = Instant::now();
-        let each = (now - self.since) / self.stride;
+        let each = (now - self.since) / self.answered;
         self.since = now;
         self.stride = if each < QUICK { (2 * self.stride).min(MAX_STRIDE) } else { 1 };
-        self.left = self.stride;
+        self.answered = 0;
         each > SLOW
     }
 }
@@ -56,10 +57,10 @@ mod tests {
             let mut pace = Pace::new();
             for _ in 0..before {
                 pace.since = Instant::now() - 2 * QUICK;
-                pace.answered();
+                pace.answered(1);
             }
             pace.since = Instant::now() - 2 * SLOW;
-            assert!(pace.answered(), "after {before} others");
+            assert!(pace.answered(1), "after {before} others");
         }
     }
 }

@@ -10,12 +10,12 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use io_uring::{opcode, squeue, types, IoUring};
-use smallvec::SmallVec;
 
-use super::blk::{BlkPlane, Failure, Op};
+use super::blk::{BlkPlane, Broken, Failure, Op, Stretch};
 use super::file::{FileBackend, IOV_MAX};
+use super::merge::{Extent, Work, Works};
 use super::transfer::skip;
-use crate::chain::{Chain, Segment};
+use crate::chain::Segment;
 use crate::queue::{Handler, VirtQueue};
 
 /// The file, registered with each ring.
@@ -46,84 +46,70 @@ impl UringQueue {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Give a request back. What breaks the device does so before the chain is dropped, which would be another reason.
-    fn answer(&self, chain: &mut Chain, result: Result<(), Failure>) -> Result<(), Broken> {
-        self.plane.answer(chain, result).map_err(|reason| {
-            chain.vq().state().fail(&format!("{}: {reason}", chain.vq().name()));
-            Broken
-        })
-    }
-
-    /// Begin a request, or do it at once if the ring is not for such ones.
-    fn begin(&self, ring: &mut Ring, mut chain: Chain) -> Result<(), Broken> {
-        let (kind, offset, pieces) = match self.plane.decode(&mut chain) {
-            Ok(Op::Read { offset, length }) => (Kind::Read, offset, chain.take_writable(length)),
-            Ok(Op::Write { offset, length }) => (Kind::Write, offset, chain.take_readable(length)),
-            Ok(Op::Flush) => (Kind::Flush, 0, SmallVec::new()),
-            decoded => {
-                let result = decoded.and_then(|op| self.plane.execute(&mut chain, op));
-                return self.answer(&mut chain, result);
+    /// Begin what is for the ring, and do the rest at once.
+    fn begin(&self, ring: &mut Ring, work: Work) -> Result<(), Broken> {
+        let plane = &*self.plane;
+        let mut request = match work {
+            Work::Extent(extent) if self.file.takes(&extent.pieces) => Request::new(extent, false),
+            Work::Extent(extent) => {
+                extent.execute(plane);
+                return Ok(());
             }
+            Work::Other(chain, Ok(Op::Flush)) => {
+                plane.counters.flushes.add(1);
+                Request::new(Extent::empty(chain), true)
+            }
+            Work::Other(mut chain, op) => return plane.serve(&mut chain, op),
         };
         if ring.free.is_empty() {
             // The queue counts a chain twice that is given back twice, on purpose.
             let size = ring.requests.len();
             let reason = format!("more requests under way than the queue has entries ({size})");
-            return self.answer(&mut chain, Err(Failure::Broken(reason)));
+            drop(request.extent.answer(plane, 0, Err(Failure::Broken(reason))));
+            return Err(Broken);
         }
-        let mut request = Request { chain, kind, offset, done: 0, pieces, next: 0 };
-        if kind == Kind::Flush {
-            self.plane.counters.flushes.add(1);
-            ring.push(request);
-            return Ok(());
-        }
-        if !self.file.takes(&request.pieces) {
-            let result = self.plane.transfer(&mut request.chain, &mut request.pieces, offset, kind == Kind::Write);
-            return self.answer(&mut request.chain, result);
-        }
-        match request.advance(&self.plane, 0) {
-            Step::Again => ring.push(request),
-            Step::Done(result) => return self.answer(&mut request.chain, result),
-        }
+        let step = if request.flush { Step::Again } else { request.advance(plane, 0) };
+        self.go_on(ring, request, step);
         Ok(())
     }
 
+    fn go_on(&self, ring: &mut Ring, request: Request, step: Step) {
+        match step {
+            Step::Again => ring.push(request),
+            Step::Done(result) => {
+                if let Some(rest) = request.extent.answer(&self.plane, request.done, result) {
+                    ring.push(Request::new(rest, false));
+                }
+            }
+        }
+    }
+
     /// Go on with the requests that the kernel has answered.
-    fn reap(&self, ring: &mut Ring) -> Result<(), Broken> {
+    fn reap(&self, ring: &mut Ring) {
         while let Some((mut request, answer)) = ring.pop() {
             let step = match answer {
-                Ok(0) if request.kind != Kind::Flush => Step::Done(Err(Failure::Refused)), // the file ends here
+                Ok(0) if !request.flush => Step::Done(Err(Failure::Refused)), // the file ends here
                 Ok(done) => request.advance(&self.plane, done),
                 Err(error) if is_transient(&error) => Step::Again,
                 Err(error) => Step::Done(Err(error.into())),
             };
-            match step {
-                Step::Again => ring.push(request),
-                Step::Done(result) => {
-                    if request.kind == Kind::Read {
-                        self.plane.has_read(&mut request.chain, request.done);
-                    }
-                    self.answer(&mut request.chain, result)?;
-                }
-            }
+            self.go_on(ring, request, step);
         }
-        Ok(())
     }
 
     /// Wait for all that was begun.
-    fn drain(&self, ring: &mut Ring) -> Result<(), Broken> {
+    fn drain(&self, ring: &mut Ring) {
         while ring.in_flight() > 0 {
             ring.submit(1);
-            self.reap(ring)?;
+            self.reap(ring);
         }
-        Ok(())
     }
 
     fn serve(&self, vq: &Arc<VirtQueue>) -> Result<(), Broken> {
         let mut ring = self.ring();
-        self.reap(&mut ring)?;
-        while let Some(chain) = vq.pop() {
-            self.begin(&mut ring, chain)?;
+        self.reap(&mut ring);
+        for work in Works::new(&self.plane, vq) {
+            self.begin(&mut ring, work)?;
         }
         ring.submit(0);
         if !ring.uring.submission().is_empty() {
@@ -131,7 +117,7 @@ impl UringQueue {
         }
         if !vq.attached() {
             // Nobody polls the eventfd: who notified waits for the answer.
-            self.drain(&mut ring)?;
+            self.drain(&mut ring);
         }
         Ok(())
     }
@@ -153,36 +139,19 @@ impl Handler for UringQueue {
     }
 
     fn finish(&self) {
-        let mut ring = self.ring();
-        while self.drain(&mut ring).is_err() {}
+        self.drain(&mut self.ring());
     }
 }
 
-/// The device needs a reset, and was told why.
-struct Broken;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-}
-
-/// A request under way. Its chain keeps the pieces mapped.
+/// A request under way.
 struct Request {
-    chain: Chain,
-    kind: Kind,
-    /// Of the request in the file.
-    offset: u64,
-    /// Bytes read or written so far.
+    extent: Extent,
+    /// All is written, if there was anything, and has to be made durable.
+    flush: bool,
+    /// Bytes read or written so far; the pieces before `next` are done.
     done: usize,
-    /// Where they go; those before `next` are done.
-    pieces: SmallVec<[Segment; 4]>,
     next: usize,
 }
-
-// SAFETY: the pieces lead to shared guest memory, which any thread may access.
-unsafe impl Send for Request {}
 
 enum Step {
     Again,
@@ -190,37 +159,38 @@ enum Step {
 }
 
 impl Request {
-    /// The kernel did `n` bytes more, or was not asked before; what is to be done next.
-    fn advance(&mut self, plane: &BlkPlane, n: usize) -> Step {
-        let all = self.pieces.len();
-        self.done += n;
-        self.next = all - skip(&mut self.pieces[self.next..], n).len();
-        match self.kind {
-            Kind::Read | Kind::Write if self.next < all => Step::Again,
-            Kind::Write => self.written(plane),
-            Kind::Read | Kind::Flush => Step::Done(Ok(())),
-        }
+    fn new(extent: Extent, flush: bool) -> Self {
+        Self { extent, flush, done: 0, next: 0 }
     }
 
-    fn written(&mut self, plane: &BlkPlane) -> Step {
-        plane.counters.bytes_written.add(self.done as u64);
-        if !plane.is_writethrough() {
+    /// The kernel did `n` bytes more, or was not asked before; what is to be done next.
+    fn advance(&mut self, plane: &BlkPlane, n: usize) -> Step {
+        if self.flush {
+            return Step::Done(Ok(()));
+        }
+        let all = self.extent.pieces.len();
+        self.done += n;
+        self.next = all - skip(&mut self.extent.pieces[self.next..], n).len();
+        if self.next < all {
+            return Step::Again;
+        }
+        self.flush = self.extent.stretch.write && plane.is_writethrough();
+        if !self.flush {
             return Step::Done(Ok(()));
         }
         plane.counters.flushes.add(1);
-        self.kind = Kind::Flush;
         Step::Again
     }
 
     fn entry(&self) -> squeue::Entry {
-        let rest = &self.pieces[self.next..];
-        let at = self.offset + self.done as u64;
-        match (self.kind, rest) {
-            (Kind::Flush, _) => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
-            (Kind::Read, [one]) => opcode::Read::new(FILE, one.iov_base.cast(), length(one)).offset(at).build(),
-            (Kind::Write, [one]) => opcode::Write::new(FILE, one.iov_base.cast(), length(one)).offset(at).build(),
-            (Kind::Read, _) => opcode::Readv::new(FILE, rest.as_ptr(), count(rest)).offset(at).build(),
-            (Kind::Write, _) => opcode::Writev::new(FILE, rest.as_ptr(), count(rest)).offset(at).build(),
+        let Stretch { write, offset, .. } = self.extent.stretch;
+        let (rest, at) = (&self.extent.pieces[self.next..], offset + self.done as u64);
+        match (write, rest) {
+            _ if self.flush => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+            (false, [one]) => opcode::Read::new(FILE, one.iov_base.cast(), length(one)).offset(at).build(),
+            (true, [one]) => opcode::Write::new(FILE, one.iov_base.cast(), length(one)).offset(at).build(),
+            (false, _) => opcode::Readv::new(FILE, rest.as_ptr(), count(rest)).offset(at).build(),
+            (true, _) => opcode::Writev::new(FILE, rest.as_ptr(), count(rest)).offset(at).build(),
         }
     }
 }

@@ -11,6 +11,7 @@ mod inflight_packed;
 mod interrupts;
 mod killed;
 mod memory;
+mod merge;
 mod notifications;
 mod oracle;
 mod packed;
