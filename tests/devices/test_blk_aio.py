@@ -223,9 +223,11 @@ def test_a_reset_waits_for_requests_that_the_host_has_not_answered(guest: Guest)
 
 def test_a_ring_that_is_stopped_has_answered_everything(serve: Serve) -> None:
     slow = Slow()
-    with FrontEnd(serve(Blk(slow))) as vm:
+    blk = Blk(slow)
+    with FrontEnd(serve(blk)) as vm:
         disk = Disk(vm.start())
         request = disk.submit(Kind.READ, room=SECTOR)
+        vm.requestq.wait_until(lambda: blk.plane.counters["reads"] == 1, "it is taken")
         thread = slow.answer_soon()
         base = vm.stop_ring(vm.requestq)
         assert slow.answered.is_set()
