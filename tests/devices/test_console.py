@@ -20,6 +20,7 @@ from pyvirtio.testing.queue import HANG, Buffer
 from pyvirtio.testing.ring import NEXT, Desc
 
 MULTIPORT = ConsoleFeature.MULTIPORT
+MIB = 1 << 20
 
 
 class Wire(Chardev):
@@ -98,6 +99,21 @@ def wire() -> Iterator[Wire]:
     chardev = Wire()
     yield chardev
     chardev.close()
+
+
+def test_a_queue_that_is_reset_in_the_middle_of_a_message(guest: Guest, wire: Wire) -> None:
+    """The rest of the message is lost, and the port is not."""
+    driver = guest.plug(Console(wire), features=~int(MULTIPORT))
+    driver.transmitq0.add(b"x" * MIB)
+    driver.transmitq0.kick()
+    until(lambda: driver.function.dataplane.queues[1].in_flight == 1)
+    driver.reset_queue(1)
+    driver.renew_queue(1).add(b"after")
+    driver.transmitq0.kick()
+    data = b""
+    while not data.endswith(b"after"):
+        data += wire.far.recv(MIB)
+    assert len(data) < MIB
 
 
 @pytest.mark.guest(transport=("modern", "legacy", "vhost-user"))

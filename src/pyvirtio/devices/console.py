@@ -107,7 +107,11 @@ class Port:
         self._sending = self._sending or next(self.transmitq, None)
         if self._sending is None:
             return False
-        self.outbox = self._sending.read(self.PIECE)
+        try:
+            self.outbox = self._sending.read(self.PIECE)
+        except StaleChain:  # the driver has reset the queue
+            self._sending = None
+            return True
         if not self._sending.readable:
             self._sending.complete()
             self._sending = None
