@@ -6,7 +6,7 @@ interrupt, no lock and no transport.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import BigEndianStructure, LittleEndianStructure, sizeof
 from dataclasses import dataclass
@@ -258,6 +258,9 @@ class Device:
 
     def activate(self, features: int) -> None:
         """DRIVER_OK was set and `features` are agreed; the queues are served once this returns."""
+
+    def serves(self, queues: Container[int]) -> None:
+        """These of the queues are served from now on; told where a vhost-user front-end has them come and go."""
 
     def reset(self) -> None:
         """The driver reset the device, or it was unplugged: no queue is served any more."""

@@ -1,6 +1,7 @@
 """Network device (virtio 1.3, 5.1)."""
 
 import hashlib
+from collections.abc import Container
 from ctypes import LittleEndianStructure, c_uint8, c_uint16
 from typing import Annotated, Any
 
@@ -178,13 +179,21 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
         self._lend()
         self.netdev.set_offload(self._agreed & TO_DRIVER)
         self.plane.open(features, [self.loops[2 * pair] for pair in range(self.pairs)])
-        # A vhost-user front-end answers the control queue itself, and enables the queues one by one.
-        front_end = NetFeature.MQ in self._agreed and NetFeature.CTRL_VQ not in self._agreed
-        self.set_queue_pairs(self.pairs if front_end else 1)
+        self.set_queue_pairs(self.pairs if self._has_front_end else 1)
         self.control.reset()
         restored, self._restored = self._restored, None
         if restored is not None:
             self.control.restore(restored)
+
+    @property
+    def _has_front_end(self) -> bool:
+        """One of vhost-user answers the control queue itself, and enables the queues one by one."""
+        return NetFeature.MQ in self._agreed and NetFeature.CTRL_VQ not in self._agreed
+
+    def serves(self, queues: Container[int]) -> None:
+        """On a pair whose receive queue is not among them nobody would hear the network."""
+        if self._has_front_end:
+            self.set_queue_pairs(next((n for n in range(1, self.pairs) if 2 * n not in queues), self.pairs))
 
     _restored: dict[str, Any] | None = None
     """What the driver of another process had asked for, until it is activated here."""

@@ -101,6 +101,7 @@ class Backend:
                     vring.addresses = None
                     self.state.fail(f"{vring.vq.name}: {error}")
                     raise
+        self.device.serves([vring.vq.index for vring in self.vrings if vring.running])
 
     def stop(self, vring: Vring) -> None:
         """Take nothing more, and wait for what the device holds of it, as long as the front-end is there."""
