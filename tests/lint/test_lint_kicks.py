@@ -16,9 +16,10 @@ events = pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "even
 
 
 def rng(guest: Guest, **properties: Any) -> VirtioDriver:
-    """A driver that has made a few requests."""
+    """A driver that has made three requests, each with its kick."""
     driver = guest.plug(Rng(source=bytes), **properties)
     for _ in range(3):
+        wait_until_asked(driver.requestq)
         buffer = driver.requestq.add(writable=16)
         driver.requestq.kick()
         buffer.wait()
@@ -121,10 +122,17 @@ def test_packed_rings_may_be_kicked_for_nothing(guest: Guest) -> None:
 def test_a_kick_that_is_owed(guest: Guest, event_idx: bool) -> None:
     vq = rng(guest, event_idx=event_idx).requestq
     assert found(guest) == []
+    # The device may have seen the last request before its kick, and be woken by that once more.
+    violations = leave_unkicked(guest, vq) or leave_unkicked(guest, vq)
+    assert violations == [("driver", "2.8.10" if guest.packed else "2.7.10.1")]
+
+
+def leave_unkicked(guest: Guest, vq: Queue) -> list[tuple[str, str]]:
+    """Make a buffer available and not tell the device; what is found then."""
     wait_until_asked(vq)
     vq.add(writable=16)
     assert vq.publish()
-    assert found(guest) == [("driver", "2.8.10" if guest.packed else "2.7.10.1")]
+    return found(guest)
 
 
 @lint
