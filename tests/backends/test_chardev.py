@@ -10,6 +10,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,28 @@ def test_a_client_comes_back(tmp_path: Path, opened: list[Chardev]) -> None:
             listener.accept()[0].close()
         (tmp_path / "s").unlink()
         until(client, lambda: client.read(1) == b"" and not client.connected)
+
+
+def test_a_host_that_does_not_answer_keeps_nobody_waiting(opened: list[Chardev]) -> None:
+    """An I/O thread tries to reconnect, and has other devices too."""
+
+    def make() -> None:
+        opened.append(Socket(port=listener.getsockname()[1], reconnect=1))
+
+    with socket.create_server(("localhost", 0), backlog=0) as listener, ExitStack() as others:
+        for _ in range(4):  # from the second on they get no answer
+            other = others.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(listener.getsockname())
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(HANG / 2)
+        assert opened
+        (client,) = opened
+        assert not client.connected
+        others.close()
+        listener.accept()[0].close()
+        until(client, lambda: client.connected)
 
 
 def test_a_server_may_wait_for_its_first_peer(

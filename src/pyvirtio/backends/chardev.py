@@ -243,6 +243,7 @@ class Socket(Chardev):
         self._address: Any = str(path) if path is not None else (host, port)
         self._family = socket.AF_UNIX if path is not None else socket.AF_INET
         self._peer: socket.socket | None = None
+        self._connecting: socket.socket | None = None
         self._listener: socket.socket | None = None
         self._reconnect = reconnect
         self._timer = Timer()
@@ -286,13 +287,28 @@ class Socket(Chardev):
 
     def _connect(self) -> None:
         peer = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        peer.setblocking(not self._reconnect)  # which happens on an I/O thread
         try:
             peer.connect(self._address)
         except OSError as error:
+            if error.errno == errno.EINPROGRESS:
+                self._connecting = peer
+                self.watch(peer.fileno())
+                return
             peer.close()
             self._why = error.strerror or str(error)
             if self._reconnect:
                 self._timer.start(self._reconnect)
+        else:
+            self._take(peer)
+
+    def _answered(self, peer: socket.socket) -> None:
+        """The other host has taken the connection, or not."""
+        self._connecting = None
+        self._epoll.unregister(peer.fileno())
+        if peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            peer.close()
+            self._timer.start(self._reconnect)
         else:
             self._take(peer)
 
@@ -305,6 +321,8 @@ class Socket(Chardev):
     def changed(self, fd: int) -> None:
         if self._listener is not None and fd == self._listener.fileno():
             self._accept()
+        elif self._connecting is not None and fd == self._connecting.fileno():
+            self._answered(self._connecting)
         elif fd == self._timer.fd and self._timer.take() and self._peer is None:
             self._connect()
 
@@ -327,6 +345,9 @@ class Socket(Chardev):
 
     def close(self) -> None:
         self._drop()
+        if self._connecting is not None:
+            self._connecting.close()
+            self._connecting = None
         super().close()
 
 
