@@ -2,7 +2,8 @@
 
     pyvirtio lab --keep docs -- .venv/bin/python tools/fault_report.py
 
-Needs a KVM that runs Linux, which the lab has. Without `--write` it prints the table only.
+Needs a KVM that runs Linux, which the lab has. Without `--write` it prints the table only. `--kernel` chooses the
+guest's kernel, `--root` where it was unpacked to if it is not installed.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from fault_net import Call
 
 from pyvirtio.backends.block import Memory
 from pyvirtio.devices.blk import Blk
+from pyvirtio.errors import ConfigError
 from pyvirtio.faults import parse
+from pyvirtio.lab.kernel import InstalledKernel, find_kernel
 from pyvirtio.testing.linux import GuestFailed, LinuxGuest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
@@ -134,15 +137,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table into docs/faults.md")
     parser.add_argument("--seconds", type=float, default=20, help="how long I/O may take before it counts as hung")
+    parser.add_argument(
+        "--kernel", metavar="VERSION", help="as `uname -r` says it; unless given the newest cloud kernel"
+    )
+    parser.add_argument("--root", type=Path, default=Path("/"), help="where its boot and lib/modules are")
     args = parser.parse_args()
+    try:
+        kernel = find_kernel(args.kernel, args.root)
+    except ConfigError as error:
+        parser.error(str(error))
     trials = [Trial(fault) for fault in [*AT_BOOT, *RUNNING]]
     calls = [Call(fault, number) for number, fault in enumerate(fault_net.FAULTS)]
     alone = [Call(fault, len(calls) + number) for number, fault in enumerate(fault_net.ALONE)]
-    kernel = run(trials, calls, args.seconds)
+    version = run(kernel, trials, calls, args.seconds)
     for call in alone:
-        run_alone(call, args.seconds)
+        run_alone(kernel, call, args.seconds)
     calls += alone
-    text = table(trials, calls, kernel)
+    text = table(trials, calls, version)
     print(text)
     if args.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)
@@ -150,13 +161,13 @@ def main() -> int:
     return 0
 
 
-def run(trials: list[Trial], calls: list[Call], seconds: float) -> str:
+def run(kernel: InstalledKernel, trials: list[Trial], calls: list[Call], seconds: float) -> str:
     """Let all of it happen in one guest; return the kernel's version."""
     for trial in trials[: len(AT_BOOT)]:
         trial.switch_on()
     modules = ("virtio_pci", "virtio_blk", "virtio_net")
     functions = FUNCTIONS + fault_net.FUNCTIONS
-    with LinuxGuest(functions=functions, modules=modules, append="loglevel=1") as guest:
+    with LinuxGuest(kernel=kernel, functions=functions, modules=modules, append="loglevel=1") as guest:
         for number, trial in enumerate(trials):
             guest.plug(trial.blk, f"disk{number}")
         for call in calls:
@@ -175,9 +186,10 @@ def run(trials: list[Trial], calls: list[Call], seconds: float) -> str:
         return guest.run("uname -r")
 
 
-def run_alone(call: Call, seconds: float) -> None:
+def run_alone(kernel: InstalledKernel, call: Call, seconds: float) -> None:
     """One card in a guest that may not survive it: then its last words are what the kernel says."""
-    with LinuxGuest(functions=FUNCTIONS + fault_net.FUNCTIONS, modules=("virtio_pci", "virtio_net")) as guest:
+    functions = FUNCTIONS + fault_net.FUNCTIONS
+    with LinuxGuest(kernel=kernel, functions=functions, modules=("virtio_pci", "virtio_net")) as guest:
         guest.plug(call.net, f"net{call.number}")
         say(f"booting for {call.fault}")
         guest.boot()
@@ -256,15 +268,15 @@ def settle(guest: LinuxGuest, nodes: list[str], suffix: str, last: str, seconds:
         waiting = [node for node in waiting if f"/tmp/{node}.{suffix}" not in ended]
 
 
-def table(trials: list[Trial], calls: list[Call], kernel: str) -> str:
+def table(trials: list[Trial], calls: list[Call], version: str) -> str:
     disks = [
-        f"Linux {kernel}, `virtio_blk`; seed {SEED}:",
+        f"Linux {version}, `virtio_blk`; seed {SEED}:",
         "",
         "| fault | reads | writes | once it is off | the kernel says |",
         "|---|---|---|---|---|",
         *(trial.row() for trial in trials),
     ]
-    return "\n".join([*disks, "", "`virtio_net`, the same guest:", "", *fault_net.table(calls)])
+    return "\n".join([*disks, "", f"Linux {version}, `virtio_net`, the same guest:", "", *fault_net.table(calls)])
 
 
 if __name__ == "__main__":

@@ -91,9 +91,8 @@ def declared_queues(device: Device, most: int = MAX_QUEUES) -> list[Queue]:
     _check_config(device)
     for q in queues:
         if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
-            raise ConfigError(
-                f"{device.name}: {q.name} has size {q.size}; allowed are powers of two from 2 to {MAX_QUEUE_SIZE}"
-            )
+            allowed = f"powers of two from 2 to {MAX_QUEUE_SIZE}"
+            raise ConfigError(f"{device.name}: {kind}.{q.name} has size {q.size}; allowed are {allowed}")
     return queues
 
 

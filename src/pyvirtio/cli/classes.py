@@ -1,7 +1,9 @@
 """The classes that an option can name: those of a table, of installed packages, and `FILE.py:CLASS` of a user."""
 
+import errno
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,6 +103,8 @@ def _load(source: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    if not path.exists():
+        raise ConfigError(os.strerror(errno.ENOENT))
     name = f"pyvirtio_device_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -271,7 +271,7 @@ class Queue:
 
     def _held(self) -> str:
         held = self.driver.held(self.index)
-        return f"; the device took {held} chains that it did not complete()" if held else ""
+        return f"; the device has not called complete() for {held} of the chains it took" if held else ""
 
     def collect(self) -> None:
         """Take every buffer that the device has used, and ask for an interrupt for the next."""
