@@ -1,6 +1,8 @@
 """Interrupt lines and vectors from Python."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +89,23 @@ def test_an_exception_of_the_owner_does_not_reach_who_broke_the_device(
 
     DeviceState("dev0", on_broken).fail("why")
     assert seen == [error]
+
+
+BLOCKED = """
+import fcntl, os, threading, time
+from pyvirtio._core import CallFd
+
+fd = os.eventfd(0, os.EFD_NONBLOCK)
+call = CallFd(fd)
+os.write(fd, (2**64 - 2).to_bytes(8, "little"))
+fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+signalling = threading.Thread(target=call.signal)
+signalling.start()
+time.sleep(0.2)
+os.read(fd, 8)
+signalling.join()
+"""
+
+
+def test_a_call_fd_that_was_made_to_block_again_does_not_block_the_interpreter() -> None:
+    subprocess.run([sys.executable, "-c", BLOCKED], check=True, timeout=20)

@@ -141,8 +141,9 @@ impl CallFd {
         interrupt::CallFd::new(fd).map(|inner| Self { inner: Arc::new(inner) }).map_err(os_error)
     }
 
-    fn signal(&self) {
-        self.inner.signal();
+    /// Without the interpreter: a front-end may have made what it shares with us block again.
+    fn signal(&self, py: Python<'_>) {
+        py.detach(|| self.inner.signal());
     }
 }
 

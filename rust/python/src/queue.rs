@@ -179,8 +179,9 @@ impl VirtQueue {
     }
 
     #[pyo3(signature = (call))]
-    fn set_call(&self, call: Option<&CallFd>) {
-        self.inner.set_interrupt(call.map(|call| Interrupt::Call(call.inner.clone())));
+    fn set_call(&self, py: Python<'_>, call: Option<&CallFd>) {
+        let interrupt = call.map(|call| Interrupt::Call(call.inner.clone()));
+        py.detach(|| self.inner.set_interrupt(interrupt)); // waits for one that is being sent
     }
 
     fn set_memory(&self, memory: &Bound<'_, GuestMemory>) -> PyResult<()> {
@@ -232,8 +233,8 @@ impl VirtQueue {
         self.inner.signal();
     }
 
-    fn interrupt(&self) {
-        self.inner.interrupt();
+    fn interrupt(&self, py: Python<'_>) {
+        py.detach(|| self.inner.interrupt());
     }
 
     fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
