@@ -42,6 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dice.py").write_text(DICE)
     (tmp_path / "a-file").write_text("")
     (tmp_path / "other.qcow2").write_bytes(b"QFI\xfb".ljust(512, b"\0"))
+    (tmp_path / "odd.qcow2").write_bytes(b"QFI\xfb".ljust(600, b"\0"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -59,6 +60,7 @@ REFUSED = {
     "blk --socket-path s": "blk0: drive is required",
     "blk --blk-file nowhere.img --socket-path s": "nowhere.img: No such file or directory",
     "blk --blk-file other.qcow2 --socket-path s": "other.qcow2: a qcow2 image, and only raw ones are served",
+    "blk --blk-file odd.qcow2 --socket-path s": "odd.qcow2: a qcow2 image, and only raw ones are served",
     "blk --blk-file . --socket-path s": ".: a directory, not a disk image",
     "console --socket-path s": "console0: a console needs a chardev=, or ports=",
     "console,chardev=c0 --socket-path s": "chardev=c0 is not the id of a --chardev",

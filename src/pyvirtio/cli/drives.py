@@ -92,11 +92,20 @@ def _open_file(options: dict[str, str], name: str) -> File:
     if options:
         known = ["file", *COMMON, "format", "readonly", "cache", "aio"]
         raise ConfigError(unknown(name, "property", next(iter(options)), known))
-    backend = File(Path(path), readonly=readonly == "on", cache=cache, aio=aio)
-    if image_format is None and (foreign := foreign_format(backend.pread(SECTOR, 0))):
-        backend.close()
+    if image_format is None and (foreign := foreign_format(_first_sector(Path(path)))):
         raise ConfigError(f"{path}: a {foreign} image, and only raw ones are served; --drive ...,format=raw insists")
-    return backend
+    return File(Path(path), readonly=readonly == "on", cache=cache, aio=aio)
+
+
+def _first_sector(path: Path) -> bytes:
+    """Nothing if it cannot be read: `File` says why."""
+    if not (path.is_file() or path.is_block_device()):
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(SECTOR)
+    except OSError:
+        return b""
 
 
 def _open_backend(driver: str, options: dict[str, str], name: str) -> BlockBackend:
