@@ -96,6 +96,7 @@ def test_linux_reads_and_writes_disks_and_gets_entropy(tmp_path: Path) -> None:
 
 FILES = 6
 WRITER = f"""
+echo "packed $(cut -c35 /sys/block/vda/device/features)"
 mount -t ext4 /dev/vda /mnt
 for n in $(seq {FILES}); do
     echo "round $n"
@@ -114,14 +115,16 @@ poweroff -f
 """
 
 
-def test_no_file_is_harmed_when_the_server_is_killed_while_linux_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", ["off", "on"], ids=["split", "packed"])
+def test_no_file_is_harmed_when_the_server_is_killed_while_linux_writes(tmp_path: Path, packed: str) -> None:
     """ext4 on two queues that two I/O threads serve; `kill -9` in every other round, and a new server each time."""
     image = tmp_path / "disk.img"
     image.touch()
     os.truncate(image, 64 * MIB)
     subprocess.run(["/usr/sbin/mkfs.ext4", "-q", image], check=True)
-    arguments = ["blk", "--blk-file", "disk.img", "--num-queues", "2", "--iothreads", "2", "--socket-path", "s"]
-    disk = qemu.vhost_user("blk", tmp_path / "s", "vhost-user-blk-pci,num-queues=2", reconnect=True)
+    rings = f"packed={packed}"
+    arguments = [f"blk,{rings}", "--blk-file", "disk.img", "--num-queues", "2", "--iothreads", "2", "--socket-path", "s"]
+    disk = qemu.vhost_user("blk", tmp_path / "s", f"vhost-user-blk-pci,num-queues=2,{rings}", reconnect=True)
     with programs(tmp_path) as start:
         server = start(*arguments)
         machine = subprocess.Popen(qemu.linux(tmp_path, WRITER, *disk, modules=("virtio_blk", "ext4")))
@@ -138,6 +141,7 @@ def test_no_file_is_harmed_when_the_server_is_killed_while_linux_writes(tmp_path
         printed = (tmp_path / "serial").read_text(errors="replace")
         server.terminate()
         server.wait(HANG_GUARD)
+    assert f"packed {int(packed == 'on')}" in printed, printed
     assert "finished" in printed, printed
     assert "error" not in printed, printed
     subprocess.run(["/usr/sbin/e2fsck", "-f", "-n", image], check=True, capture_output=True)
