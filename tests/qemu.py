@@ -1,7 +1,10 @@
 """QEMU (TCG, so that it runs anywhere) as the front-end of served devices."""
 
+import json
+import socket
 import subprocess
 from pathlib import Path
+from typing import Any, Self
 
 from pyvirtio.lab import initrd
 from pyvirtio.lab.kernel import find_kernel
@@ -25,18 +28,48 @@ def command(directory: Path, *arguments: str, memory: str = "64M") -> list[str]:
     return [*machine, "-machine", "q35,memory-backend=mem", "-m", memory, *arguments]
 
 
-def linux(directory: Path, script: str, *arguments: str, modules: tuple[str, ...]) -> list[str]:
-    """A machine with two CPUs that boots Linux, loads `modules` and runs `script`."""
+def linux(
+    directory: Path, script: str, *arguments: str, modules: tuple[str, ...], append: str = "", memory: str = "256M"
+) -> list[str]:
+    """A machine with two CPUs that boots Linux, with `append` for the kernel, loads `modules` and runs `script`."""
     kernel = find_kernel()
     (directory / "initrd").write_bytes(initrd.build(kernel, INIT + script, modules=("virtio_pci", *modules)))
     boot = ["-smp", "2", "-kernel", str(kernel.image), "-initrd", str(directory / "initrd")]
-    return command(directory, *boot, "-append", "console=ttyS0 quiet panic=-1", *arguments, memory="256M")
+    return command(directory, *boot, "-append", f"console=ttyS0 quiet panic=-1 {append}", *arguments, memory=memory)
 
 
 def run(machine: list[str], directory: Path) -> bytes:
     """What the guest prints until the machine ends."""
     subprocess.run(machine, timeout=HANG_GUARD, check=False)
     return (directory / "serial").read_bytes()
+
+
+class Monitor:
+    """QEMU's machine protocol, at the socket `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(HANG_GUARD)
+        self.socket.connect(str(path))
+        self.lines = self.socket.makefile("rb")
+        self.lines.readline()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        for line in self.lines:
+            answer = json.loads(line)
+            assert "error" not in answer, answer
+            if "return" in answer:
+                return answer["return"]
+        raise ConnectionError("QEMU has gone")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lines.close()
+        self.socket.close()
 
 
 def vhost_user(name: str, socket: Path, device: str, *, reconnect: bool = False) -> list[str]:

@@ -75,6 +75,15 @@ def test_a_drive_is_a_file_unless_it_names_a_driver(stack: ExitStack) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_drives_share_an_image_if_none_of_them_takes_the_lock(stack: ExitStack) -> None:
+    for name in ("d0", "d1"):
+        drive(f"file=disk.img,locking=off,id={name}", stack)
+    drive("file=disk.img,locking=on,id=d2", stack)
+    with pytest.raises(ConfigError, match="in use by another machine"):
+        drive("file=disk.img,id=d3", stack)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_drive_of_a_users_class(stack: ExitStack) -> None:
     backend = drive("driver=tape.py:Tape,capacity=64k,fill=7,id=d0", stack).backend
     assert backend.pread(2, 0) == b"\7\7"  # type: ignore[attr-defined]

@@ -66,6 +66,7 @@ REFUSED = {
     "--drive file=disk.img,if=scsi": "drive0: if=scsi is not allowed: virtio or none",
     "--drive file=disk.img,cache=unsafe": "disk.img: cache=unsafe is not allowed: writeback, writethrough, none",
     "--drive file=disk.img,aio=native": "disk.img: aio=native is not allowed: auto, threads, io_uring",
+    "--drive file=disk.img,locking=auto": "drive0: locking=auto is not allowed: on or off",
     "--drive file=disk.img,readonly=perhaps": "drive0: readonly=perhaps is not allowed: on or off",
     "--drive file=disk.img,id=d --device virtio-blk-pci,drive=d,queue-size=100": "blk0: queue-size=100: allowed are",
     "--object memory-backend-file,id=m": "unknown type 'memory-backend-file' (known: iothread)",

@@ -123,7 +123,7 @@ def test_no_file_is_harmed_when_the_server_is_killed_while_linux_writes(tmp_path
     os.truncate(image, 64 * MIB)
     subprocess.run(["/usr/sbin/mkfs.ext4", "-q", image], check=True)
     rings = f"packed={packed}"
-    arguments = [f"blk,{rings}", "--blk-file", "disk.img", "--num-queues", "2", "--iothreads", "2", "--socket-path", "s"]
+    arguments = [f"blk,num-queues=2,{rings}", "--blk-file", "disk.img", "--iothreads", "2", "--socket-path", "s"]
     disk = qemu.vhost_user("blk", tmp_path / "s", f"vhost-user-blk-pci,num-queues=2,{rings}", reconnect=True)
     with programs(tmp_path) as start:
         server = start(*arguments)

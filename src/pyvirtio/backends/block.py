@@ -67,7 +67,8 @@ class BlockBackend:
 class File(BlockBackend):
     """A raw image or a block device. The core does its I/O without Python; the methods are for those who wrap it.
 
-    Locked while open (`flock`): shared if read-only, else exclusive, so that no two machines write one image.
+    Locked while open (`flock`): shared if read-only, else exclusive, so that no two machines write one image. Without
+    `locking` that is the user's care, as for a machine that migrates from one server to another.
 
     `cache` and `aio` are QEMU's words. `cache=none` goes past the host's page cache (O_DIRECT). `aio=auto` is io_uring
     with that, and else `threads`, where the I/O thread itself reads and writes, which the page cache answers soonest.
@@ -77,7 +78,13 @@ class File(BlockBackend):
     AIO = ("auto", "threads", "io_uring")
 
     def __init__(
-        self, path: str | os.PathLike[str], *, readonly: bool = False, cache: str = "writeback", aio: str = "auto"
+        self,
+        path: str | os.PathLike[str],
+        *,
+        readonly: bool = False,
+        cache: str = "writeback",
+        aio: str = "auto",
+        locking: bool = True,
     ) -> None:
         self.path = Path(path)
         self._readonly = readonly
@@ -94,7 +101,8 @@ class File(BlockBackend):
             if cache == "none":
                 self.block_size = self._align = _alignment(self._fd, self.path)
             self.capacity = self._checked_size()
-            self._lock()
+            if locking:
+                self._lock()
         except BaseException:
             os.close(self._fd)
             raise

@@ -51,7 +51,8 @@ def show_help(texts: Iterable[str]) -> bool:
 
 def _print_help(driver: str | None) -> None:
     if driver in (None, FILE, "help"):
-        print("--drive file=PATH[,format=raw][,readonly=on|off][,cache=...][,aio=...]; file=nbd:... is an NBD server.")
+        print("--drive file=PATH[,format=raw][,readonly=on|off][,locking=on|off][,cache=...][,aio=...]")
+        print("file=nbd:... is an NBD server.")
         print("Or driver=NAME with the driver's properties. With each: [,id=ID][,if=virtio|none].\n")
         print_table("driver=", ("name", "what it is"), [(FILE, "a raw image or a block device"), *CATALOGUE.rows()])
     else:
@@ -85,16 +86,14 @@ def _open_file(options: dict[str, str], name: str) -> File:
     image_format = options.pop("format", None)
     if image_format not in (None, "raw"):
         raise ConfigError(f"{name}: format={image_format} is not supported: raw")
-    readonly = options.pop("readonly", "off")
-    if readonly not in ("on", "off"):
-        raise ConfigError(f"{name}: readonly={readonly} is not allowed: on or off")
+    readonly, locking = _switch(options, "readonly", "off", name), _switch(options, "locking", "on", name)
     cache, aio = options.pop("cache", "writeback"), options.pop("aio", "auto")
     if options:
-        known = ["file", *COMMON, "format", "readonly", "cache", "aio"]
+        known = ["file", *COMMON, "format", "readonly", "locking", "cache", "aio"]
         raise ConfigError(unknown(name, "property", next(iter(options)), known))
     if image_format is None and (foreign := foreign_format(_first_sector(Path(path)))):
         raise ConfigError(f"{path}: a {foreign} image, and only raw ones are served; --drive ...,format=raw insists")
-    return File(Path(path), readonly=readonly == "on", cache=cache, aio=aio)
+    return File(Path(path), readonly=readonly, cache=cache, aio=aio, locking=locking)
 
 
 def _first_sector(path: Path) -> bytes:
@@ -106,6 +105,13 @@ def _first_sector(path: Path) -> bytes:
             return file.read(SECTOR)
     except OSError:
         return b""
+
+
+def _switch(options: dict[str, str], key: str, default: str, name: str) -> bool:
+    value = options.pop(key, default)
+    if value not in ("on", "off"):
+        raise ConfigError(f"{name}: {key}={value} is not allowed: on or off")
+    return value == "on"
 
 
 def _open_backend(driver: str, options: dict[str, str], name: str) -> BlockBackend:

@@ -29,7 +29,7 @@ ORDERLY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 log = logging.getLogger("pyvirtio")
 
 DRIVE_HELP = """\
-a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,if=virtio|none]
+a disk image: file=PATH[,id=ID][,format=raw][,readonly=on|off][,locking=on|off][,if=virtio|none]
 [,cache=writeback|writethrough|none][,aio=auto|threads|io_uring]. A drive that no --device names
 becomes a virtio-blk-pci disk of its own, unless if=none"""
 EPILOG = """\

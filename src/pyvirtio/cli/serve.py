@@ -49,7 +49,7 @@ classes of your own, chardevs and drives that may need them later"""
 DEVICE_HELP = """\
 a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `NAME,help` lists its properties"""
 DRIVE_HELP = (
-    "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off]"
+    "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off][,locking=on|off]"
     "[,cache=writeback|writethrough|none][,aio=auto|threads|io_uring]"
 )
 
