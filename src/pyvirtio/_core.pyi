@@ -15,6 +15,7 @@ __all__ = [
     "Completed",
     "DeviceState",
     "DirtyLog",
+    "DriverQueue",
     "FileIo",
     "GuestMemory",
     "InflightRegion",
@@ -24,6 +25,7 @@ __all__ = [
     "Kick",
     "MsixVector",
     "NbdLoad",
+    "NetLoad",
     "NetPlane",
     "NullIo",
     "Serial",
@@ -445,29 +447,47 @@ class BlkPlane:
         """
 
 @final
+class DriverQueue:
+    """A queue for a driver that measures: its ring, of `size` descriptors, is fresh and known to the back-end.
+
+    `buffers` is the guest address of memory for what is offered. The socket `connection` and the err fd tell when
+    there will be no answer. All file descriptors stay the caller's.
+    """
+
+    def __new__(
+        cls,
+        *,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        kick: int,
+        call: int,
+        connection: int,
+        err: int,
+        buffers: int,
+        event_idx: bool = False,
+        indirect: bool = False,
+        packed: bool = False,
+    ) -> Self: ...
+
+@final
 class BlkLoad:
     """The driver's side of a vhost-user-blk device under load, for measuring.
 
-    A queue is `(ring size, descriptor table, avail ring, used ring, kick fd, call fd, buffers)`, its ring fresh and
-    known to the back-end; `buffers` is the guest address of `iodepth * (block_size + CONTROL_BYTES)` bytes.
-    `connection` and the err fd tell when there will be no answer. All file descriptors stay the caller's. The queues
-    share the first `blocks` of the disk.
+    The buffers of a queue are `iodepth * (block_size + CONTROL_BYTES)` bytes. The queues share the first `blocks` of
+    the disk.
     """
 
     CONTROL_BYTES: int
     def __new__(
         cls,
         memory: GuestMemory,
-        queues: Sequence[tuple[int, int, int, int, int, int, int]],
+        queues: Sequence[DriverQueue],
         *,
-        connection: int,
-        err: int,
         block_size: int,
         blocks: int,
         iodepth: int,
-        event_idx: bool = False,
-        indirect: bool = False,
-        packed: bool = False,
     ) -> Self: ...
     def run(
         self,
@@ -486,6 +506,40 @@ class BlkLoad:
         `verify`: what is written can be told from anything else, and what is read where it was written before must be
         that. Returns the counts reads, writes, errors, kicks and interrupts, and seconds, p50, p99, p99_9 and max (of
         the latencies) in seconds. `ProtocolError` for what the back-end did wrong. The interpreter is not held.
+        """
+
+@final
+class NetLoad:
+    """The driver's side of vhost-user-net devices under load, for measuring.
+
+    Frames are sent on the queues of `transmit`, a stream each, and taken from those of `receive`. The buffers of a
+    queue are `room` bytes for each of its descriptors: a header of 12 bytes and a frame. Sequence numbers begin with
+    `first`: a larger one each time tells what a network kept from before.
+    """
+
+    def __new__(
+        cls,
+        memory: GuestMemory,
+        *,
+        room: int,
+        transmit: Sequence[DriverQueue],
+        receive: Sequence[DriverQueue],
+        first: int,
+    ) -> Self: ...
+    def run(
+        self, *, frame_size: int, seconds: float, burst: int = 32, poll: bool = False, verify: bool = False
+    ) -> dict[str, Any]:
+        """Send and receive for `seconds`, and until the device has taken what was sent.
+
+        With `verify` the frames can be told from any others, and those that come are looked at. Returns tx_frames,
+        rx_frames, tx_bytes, rx_bytes, kicks, interrupts and seconds. `ProtocolError` for what the back-end did wrong.
+        The interpreter is not held.
+        """
+    def settle(self, *, poll: bool = False) -> dict[str, int]:
+        """After runs that verify: receive what is under way, and say what became of the frames since the last time.
+
+        lost (sent and not received whole; of a stream that is not ours, what is missing in it), reordered (or received
+        twice), damaged, and foreign: those that were not sent here since.
         """
 
 @final

@@ -11,19 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from pyvirtio.bench import compare
-from pyvirtio.bench.compare import Contest, Result, rows
-from pyvirtio.bench.load import Load, Sample, Spread
+from pyvirtio.bench import compare, disk_contest
+from pyvirtio.bench.compare import Result
+from pyvirtio.bench.disk_contest import DiskContest
+from pyvirtio.bench.load import DiskLoad, DiskSample
 from pyvirtio.bench.nbd import NbdTarget
+from pyvirtio.bench.sample import Spread
 from pyvirtio.bench.servers import MEMORY, NATIVE, NBDKIT, PYTHON, QSD, Storage
 from pyvirtio.errors import ConfigError, ProtocolError
 from pyvirtio.testing.vhost_user import MIB
 
-SAMPLE = Sample(8, 1000, 0, 1.0, 4096000, 1e-5, 2e-5, 3e-5, 4e-5, 0.5, (1 << 20, 2 << 20), 10, 10)
+SAMPLE = DiskSample(
+    seconds=1.0, cpu=0.5, rss=(MIB, 2 * MIB), kicks=10, interrupts=10, iodepth=8, requests=1000, errors=0,
+    bytes=4096000, p50=1e-5, p99=2e-5, p99_9=3e-5, max=4e-5,
+)  # fmt: skip
+
+
+def rows(results: list[Result], other: str) -> list[compare.Row]:
+    return compare.rows(results, other, DiskLoad().compared)
 
 
 def result(server: str, round_: int, iops: int, cpu: float | None = 0.5, iodepth: int = 8) -> Result:
-    return Result("null", server, round_, replace(SAMPLE, iodepth=iodepth, requests=iops, cpu=cpu))
+    return Result("null", server, round_, iodepth, replace(SAMPLE, iodepth=iodepth, requests=iops, cpu=cpu))
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -34,7 +43,7 @@ def test_ratios_are_of_the_same_round() -> None:
         for name, iops in zip((QSD, NATIVE), pair, strict=True)
     ]
     (row,) = rows(results, QSD)
-    assert (row.storage, row.iodepth, row.server) == ("null", 8, NATIVE)
+    assert (row.contest, row.at, row.server) == ("null", 8, NATIVE)
     assert row.ratios["iops"] == Spread(2.5, 2.0, 3.0)
     assert row.ours["iops"] == Spread(200, 150, 500)
     assert row.theirs["iops"] == Spread(100, 50, 200)
@@ -43,7 +52,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 def test_each_of_our_servers_has_a_row_at_each_depth() -> None:
     results = [result(name, 0, 10, iodepth=depth) for depth in (1, 32) for name in (QSD, NATIVE, PYTHON)]
-    assert [(row.iodepth, row.server) for row in rows(results, QSD)] == [
+    assert [(row.at, row.server) for row in rows(results, QSD)] == [
         (1, NATIVE), (1, PYTHON), (32, NATIVE), (32, PYTHON)
     ]  # fmt: skip
 
@@ -66,9 +75,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
 
 @pytest.mark.parametrize("storage", ["null", "file", "disk"], indirect=True)
 def test_every_server_does_every_load(storage: Storage, tmp_path: Path) -> None:
-    contest = Contest(storage, Load(rw="mixed", size=4 * MIB, verify=storage.file is not None), (1, 8))
+    contest = DiskContest(storage, DiskLoad(rw="mixed", size=4 * MIB, verify=storage.file is not None), (1, 8))
     results = list(compare.run([contest], QSD, rounds=1, seconds=0.01, directory=tmp_path))
-    assert len(results) == contest.samples(rounds=1)
+    assert len(results) == compare.count(contest, rounds=1)
     servers = [QSD, NATIVE] if storage.direct else [QSD, NATIVE, PYTHON]
     assert [(r.sample.iodepth, r.server) for r in results] == [(depth, name) for depth in (1, 8) for name in servers]
     for result in results:
@@ -78,7 +87,7 @@ def test_every_server_does_every_load(storage: Storage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rw", ["randread", "write", "mixed"])
 def test_a_ram_disk_in_python_is_compared_with_that_of_nbdkit(tmp_path: Path, rw: str) -> None:
-    contest = Contest(Storage(MEMORY), Load(rw=rw, size=4 * MIB), (1, 8))
+    contest = DiskContest(Storage(MEMORY), DiskLoad(rw=rw, size=4 * MIB), (1, 8))
     results = list(compare.run([contest], NBDKIT, rounds=1, seconds=0.01, directory=tmp_path))
     assert [(r.sample.iodepth, r.server) for r in results] == [
         (1, NBDKIT), (1, PYTHON), (8, NBDKIT), (8, PYTHON)
@@ -133,7 +142,7 @@ def test_an_nbd_server_that_breaks_the_protocol_is_said(tmp_path: Path, case: st
     with (
         Answers(tmp_path / "s", said),
         pytest.raises(ProtocolError, match=message),
-        NbdTarget(tmp_path / "s", Load(size=MIB), os.getpid()) as target,
+        NbdTarget(tmp_path / "s", DiskLoad(size=MIB), os.getpid()) as target,
     ):
         target.measure(1, 0.01)
 
@@ -142,8 +151,8 @@ def test_an_nbd_server_that_breaks_the_protocol_is_said(tmp_path: Path, case: st
 def test_a_server_that_does_not_start_is_said(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "command", lambda *_: ["/bin/false"])
-    contest = Contest(storage, Load(size=MIB), (1,))
+    monkeypatch.setattr(disk_contest, "command", lambda *_: ["/bin/false"])
+    contest = DiskContest(storage, DiskLoad(size=MIB), (1,))
     with pytest.raises(ProtocolError, match="false did not start"):
         list(compare.run([contest], QSD, 1, 0.01, tmp_path))
 
@@ -154,4 +163,4 @@ def test_a_server_that_is_not_installed_is_said(
 ) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     with pytest.raises(ConfigError, match="qemu-storage-daemon is not installed"):
-        list(compare.run([Contest(storage, Load(size=MIB), (1,))], QSD, 1, 0.01, tmp_path))
+        list(compare.run([DiskContest(storage, DiskLoad(size=MIB), (1,))], QSD, 1, 0.01, tmp_path))

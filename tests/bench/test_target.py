@@ -8,7 +8,7 @@ import pytest
 from serving import Serve
 
 from pyvirtio.backends.block import File, Memory
-from pyvirtio.bench.load import Load
+from pyvirtio.bench.load import DiskLoad
 from pyvirtio.bench.target import Target
 from pyvirtio.devices.blk import Blk
 from pyvirtio.devices.rng import Rng
@@ -17,7 +17,7 @@ from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.testing.serving import serve_in_process
 from pyvirtio.testing.vhost_user import MIB
 
-LOAD = Load(size=MIB)
+LOAD = DiskLoad(size=MIB)
 SECONDS = 0.02
 
 

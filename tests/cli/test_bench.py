@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ QUICK = ["--seconds", "0.01", "--rounds", "2", "--iodepth", "4,1"]
 REFUSED = {
     "": "say what: `bench blk --socket-path PATH` or `bench --against qemu-storage-daemon`",
     "blk": "say what: `bench blk --socket-path PATH`",
-    "--against bochs": "--against bochs is not known: qemu-storage-daemon, nbdkit",
+    "--against bochs": "--against bochs is not known: qemu-storage-daemon, nbdkit, dpdk-testpmd",
     "--against nbdkit --verify": "--against nbdkit has one queue, and no --verify",
     "--against qemu-storage-daemon --storage tape": "--storage tape is not known: null, tmpfs, disk",
     "--against qemu-storage-daemon --socket-path s": "leave --socket-path out",
@@ -33,6 +34,20 @@ REFUSED = {
     "blk --socket-path s --rounds 0": "--rounds 0 is not allowed: 1 to 1000",
     "blk --socket-path s --seconds nan": "--seconds nan is not allowed: 0.01 to 86400",
     "blk --socket-path s --json nowhere/j": "nowhere/j cannot be written",
+    "blk --socket-path s --burst 8": "--burst is not for blk",
+    "--against nbdkit --frame-size 64": "--frame-size is not for blk",
+    "net": "say what: `bench blk --socket-path PATH`",
+    "net --against nbdkit": "nbdkit does not serve net",
+    "net --socket-path s --rw read": "--rw is not for net",
+    "net --socket-path nowhere": "nowhere: No such file or directory",
+    "net --socket-path s --direction up": "--direction up is not allowed: tx, rx, both",
+    "net --socket-path s --frame-size 59": "--frame-size 59 is not allowed: numbers from 60 to 65535",
+    "net --socket-path s --queue-size 100": "--queue-size 100 is not allowed: powers of two to 1024",
+    "net --socket-path s --burst 512": "--burst 512 is not allowed: 1 to the size of the queue, 256",
+    "net --socket-path s --verify": "--verify needs frames that come back",
+    "net --socket-path s --direction rx --frame-size 64,128": "give the largest --frame-size",
+    "--against dpdk-testpmd --network tape": "--network tape is not known: sink, source, echo",
+    "--against dpdk-testpmd --direction tx": "the --network says in which direction frames go",
 }
 
 
@@ -145,6 +160,85 @@ def test_a_comparison_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
     assert len(figures["results"]) == 2 * 2 * 3
     for row in figures["rows"]:
         for name in ("iops", "cpu_per_request", "p50"):
+            assert row["ratios"][name]["low"] <= row["ratios"][name]["median"] <= row["ratios"][name]["high"]
+
+
+def test_the_figures_of_a_network_card(tmp_path: Path, socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seconds", "0.01", "--rounds", "2", "--frame-size", "1500,64", "--num-queues", "2"]
+    files = ["--json", str(tmp_path / "j"), "--plot", str(tmp_path / "s.svg")]
+    with programs(tmp_path) as start:
+        start("pyvirtio.bench.networks:NativeEcho,num-queues=2", "--socket-path", "s")
+        line = ["bench", "net", "--socket-path", str(socket_path), "--direction", "both", "--verify"]
+        assert main([*line, *options, *files]) == 0
+    shown = capsys.readouterr().out
+    assert "both, 2 queue pairs, split ring of 256, bursts of 32, interrupts, verified." in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.endswith("0         0       0 ")] == ["64", "1500"]
+    assert "</svg>" in (tmp_path / "s.svg").read_text()
+    figures = json.loads((tmp_path / "j").read_text())
+    assert figures["load"] == {
+        "direction": "both", "peer": None, "num_queues": 2, "queue_size": 256, "burst": 32, "packed": False,
+        "poll": False, "verify": True,
+    }  # fmt: skip
+    assert [sample["frame_size"] for sample in figures["samples"]] == [64, 1500, 64, 1500]
+    for sample in figures["samples"]:
+        assert set(sample) == {
+            "frame_size", "tx_frames", "rx_frames", "tx_bytes", "rx_bytes", "seconds", "cpu", "rss", "kicks",
+            "interrupts", "lost", "reordered", "damaged", "foreign",
+        }  # fmt: skip
+
+
+DAMAGING = """
+from pyvirtio.bench.networks import Returning
+from pyvirtio.devices.net import Net
+
+class Network(Returning):
+    def send(self, frame):
+        super().send(frame[:-1] + b"x")
+
+class Damaging(Net):
+    def __init__(self) -> None:
+        super().__init__(Network(1))
+"""
+
+
+def test_frames_that_are_damaged_are_status_1(
+    tmp_path: Path, socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "networks.py").write_text(DAMAGING)
+    with programs(tmp_path) as start:
+        start("networks.py:Damaging", "--socket-path", "s")
+        line = ["bench", "net", "--socket-path", str(socket_path), "--direction", "both", "--verify"]
+        assert main([*line, "--seconds", "0.01", "--rounds", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "frames were damaged or out of order\n" in error
+    assert error.count("\n") == 1
+
+
+def test_a_network_that_sends_nothing_is_one_line_and_status_1(
+    tmp_path: Path, socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with programs(tmp_path) as start:
+        start("pyvirtio.bench.networks:NativeSink", "--socket-path", "s")
+        line = ["bench", "net", "--socket-path", str(socket_path), "--direction", "rx"]
+        assert main([*line, "--seconds", "0.01"]) == 1
+    error = capsys.readouterr().err
+    assert f"{socket_path}: no frame came for 0.01 s" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("dpdk-testpmd"), reason="dpdk-testpmd is not installed (package dpdk-dev)")
+def test_network_cards_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--seconds", "0.01", "--rounds", "2", "--network", "echo", "--json", str(tmp_path / "j")]
+    plot = tmp_path / "ratios.svg"
+    assert main(["bench", "--against", "dpdk-testpmd", *options, "--plot", str(plot)]) == 0
+    assert "Ours against dpdk-testpmd" in capsys.readouterr().out
+    assert "</svg>" in plot.read_text()
+    figures = json.loads((tmp_path / "j").read_text())
+    assert [(row["frame_size"], row["server"]) for row in figures["rows"]] == [
+        (64, "native"), (64, "python"), (1500, "native"), (1500, "python")
+    ]  # fmt: skip
+    for row in figures["rows"]:
+        for name in ("frames_per_second", "cpu_per_frame"):
             assert row["ratios"][name]["low"] <= row["ratios"][name]["median"] <= row["ratios"][name]["high"]
 
 

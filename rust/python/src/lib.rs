@@ -25,7 +25,7 @@ mod timer;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::bench::{BlkLoad, NbdLoad};
+    use crate::bench::{BlkLoad, DriverQueue, NbdLoad, NetLoad};
     #[pymodule_export]
     use crate::blk::{io_uring_missing, BlkPlane, FileIo, NullIo};
     #[pymodule_export]

@@ -1,111 +1,129 @@
 """Our back-ends and another one under the same loads, in turn, and the ratios of what they did."""
 
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
-from pyvirtio.bench.load import Load, Sample, Spread
-from pyvirtio.bench.nbd import NbdTarget
-from pyvirtio.bench.servers import MEMORY, NATIVE, NBDKIT, PYTHON, Storage, command, started
-from pyvirtio.bench.target import Target
-
-FIGURES = ("iops", "cpu_per_request", "p50")
+from pyvirtio.bench.sample import Load, Sample, Spread
 
 
-@dataclass(frozen=True)
-class Contest:
-    """One storage under loads of several depths, served by all of the servers."""
+class Target(Protocol):
+    """A back-end under load."""
 
-    storage: Storage
-    load: Load
-    iodepths: tuple[int, ...]
+    @property
+    def pids(self) -> set[int]:
+        """Its processes."""
+
+    def measure(self, at: int, seconds: float, round_: int = 0, /) -> Any: ...
+    def check(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Contest(Protocol):
+    """One thing that all of the servers can do, in loads that vary in one thing."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def load(self) -> Load: ...
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """The depths, or what else varies."""
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """What a method in Python gets need not be aligned, as O_DIRECT wants it; and a RAM disk is for Python only."""
-        if self.storage.name == MEMORY:
-            return (PYTHON,)
-        return (NATIVE,) if self.storage.direct else (NATIVE, PYTHON)
+        """Those of our servers that take part."""
 
-    def samples(self, rounds: int) -> int:
-        """How many measurements there will be."""
-        return rounds * len(self.iodepths) * (1 + len(self.ours))
+    def connected(self, server: str, directory: Path, stack: ExitStack) -> Target:
+        """Start a server, and prepare it for the loads. Sockets are in `directory`."""
 
 
 @dataclass(frozen=True)
 class Result:
     """What a server did in one round of a contest."""
 
-    storage: str
+    contest: str
     server: str
     round: int
-    sample: Sample
+    at: int
+    sample: Any
 
 
 @dataclass(frozen=True)
 class Row:
-    """One of our servers against the other at one depth: figures of both, and their ratios round by round."""
+    """One of our servers against the other at one point: figures of both, and their ratios round by round."""
 
-    storage: str
-    iodepth: int
+    contest: str
+    at: int
     server: str
     ours: dict[str, Spread | None]
     theirs: dict[str, Spread | None]
     ratios: dict[str, Spread | None]
 
 
-def run(contests: list[Contest], other: str, rounds: int, seconds: float, directory: Path) -> Iterator[Result]:
-    """One contest after the other. Sockets are in `directory`."""
+def count(contest: Contest, rounds: int) -> int:
+    """How many measurements there will be."""
+    return rounds * len(contest.points) * (1 + len(contest.ours))
+
+
+def run(contests: Iterable[Contest], other: str, rounds: int, seconds: float, directory: Path) -> Iterator[Result]:
+    """One contest after the other."""
     for contest in contests:
         yield from _run(contest, other, rounds, seconds, directory)
 
 
 def _run(contest: Contest, other: str, rounds: int, seconds: float, directory: Path) -> Iterator[Result]:
-    """Measure each server at each depth, in every round; they all run throughout, and wait while another is loaded."""
+    """Measure each server at each point, in every round; they wait while another is loaded."""
     with ExitStack() as stack:
-        targets = {name: _connected(contest, name, directory, stack) for name in (other, *contest.ours)}
+        targets = {name: contest.connected(name, directory, stack) for name in (other, *contest.ours)}
         for round_ in range(rounds):
-            for iodepth in contest.iodepths:
+            for at in contest.points:
                 for name, target in targets.items():
-                    sample = target.measure(iodepth, seconds, seed=2 * round_ + 1)
-                    yield Result(contest.storage.name, name, round_, sample)
+                    with _stopped(each for each in targets.values() if each is not target):
+                        sample = target.measure(at, seconds, round_)
+                    yield Result(contest.name, name, round_, at, sample)
         for target in targets.values():
             target.check()
 
 
-def _connected(contest: Contest, server: str, directory: Path, stack: ExitStack) -> Target | NbdTarget:
-    path = directory / f"{contest.storage.name}-{server}.sock"
-    storage = contest.storage.of(server)
-    stack.enter_context(storage.made(contest.load.size))
-    arguments = command(server, storage, contest.load.num_queues, path)
-    pid = stack.enter_context(started(arguments, path))
-    if server == NBDKIT:
-        return stack.enter_context(NbdTarget(path, contest.load, pid))
-    return stack.enter_context(Target(path, contest.load, max(contest.iodepths), pid))
+@contextmanager
+def _stopped(targets: Iterable[Target]) -> Iterator[None]:
+    """Some servers look for work all the time, on a CPU that another is to have."""
+    pids = [pid for target in targets for pid in target.pids]
+    with ExitStack() as stack:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(os.kill, pid, signal.SIGCONT)
+        yield
 
 
-def rows(results: Iterable[Result], other: str) -> list[Row]:
-    """A row for each storage, depth and server of ours, in the order in which they were measured."""
+def rows(results: Iterable[Result], other: str, compared: tuple[str, ...]) -> list[Row]:
+    """A row for each contest, point and server of ours, in the order in which they were measured."""
     results = list(results)
-    keys = dict.fromkeys((r.storage, r.sample.iodepth, r.server) for r in results if r.server != other)
-    return [_row(results, storage, iodepth, server, other) for storage, iodepth, server in keys]
+    keys = dict.fromkeys((r.contest, r.at, r.server) for r in results if r.server != other)
+    return [_row(results, compared, *key, other) for key in keys]
 
 
-def _row(results: list[Result], storage: str, iodepth: int, server: str, other: str) -> Row:
+def _row(results: list[Result], compared: tuple[str, ...], contest: str, at: int, server: str, other: str) -> Row:
     def samples(name: str) -> list[Sample]:
-        found = [r for r in results if (r.storage, r.server, r.sample.iodepth) == (storage, name, iodepth)]
+        found = [r for r in results if (r.contest, r.server, r.at) == (contest, name, at)]
         return [r.sample for r in sorted(found, key=lambda r: r.round)]
 
     ours, theirs = samples(server), samples(other)
 
     def spreads(of: Callable[[str], Iterable[float | None]]) -> dict[str, Spread | None]:
-        return {name: Spread.of(of(name)) for name in FIGURES}
+        return {name: Spread.of(of(name)) for name in compared}
 
     return Row(
-        storage,
-        iodepth,
+        contest,
+        at,
         server,
         spreads(lambda name: [getattr(sample, name) for sample in ours]),
         spreads(lambda name: [getattr(sample, name) for sample in theirs]),
@@ -117,10 +135,16 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return ours / theirs if ours is not None and theirs else None
 
 
-def as_json(other: str, contests: list[Contest], results: list[Result]) -> dict[str, Any]:
+def as_json(other: str, contests: list[Contest], results: list[Result], rows: list[Row]) -> dict[str, Any]:
+    varies, _ = contests[0].load.varies
     return {
         "against": other,
-        "loads": {contest.storage.name: asdict(contest.load) for contest in contests},
-        "rows": [asdict(row) for row in rows(results, other)],
-        "results": [asdict(result) for result in results],
+        "loads": {contest.name: asdict(contest.load) for contest in contests},  # type: ignore[call-overload]
+        "rows": [_named(asdict(row), varies) for row in rows],
+        "results": [_named(asdict(result), varies) for result in results],
     }
+
+
+def _named(figures: dict[str, Any], varies: str) -> dict[str, Any]:
+    """What varies goes by its name."""
+    return {varies if key == "at" else key: value for key, value in figures.items()}

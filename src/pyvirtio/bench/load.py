@@ -1,11 +1,12 @@
-"""What a measurement asks of a back-end, and the figures of one."""
+"""What a measurement asks of a disk, and the figures of one."""
 
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from pyvirtio.bench.process import Usage
+from pyvirtio.bench.sample import WARM_UP, Figure, Sample, costed
+from pyvirtio.properties import show_size
 
 PATTERNS = {
     "read": (0, False),
@@ -15,13 +16,12 @@ PATTERNS = {
     "mixed": (50, True),
 }
 """fio's words: how many of 100 requests write, and whether they go to random places."""
-
-WARM_UP = 0.05
-"""Seconds of load before each measurement: pages are touched, and busy waits are learnt."""
+MIB = 1 << 20
+MICRO = 1e6
 
 
 @dataclass(frozen=True)
-class Load:
+class DiskLoad:
     """`size` is how much of the disk is used, from its beginning; sizes are bytes.
 
     Completions are looked for all the time with `poll`; else the driver sleeps until an interrupt, as a guest does.
@@ -44,26 +44,54 @@ class Load:
     def random(self) -> bool:
         return PATTERNS[self.rw][1]
 
+    varies = ("iodepth", "depth")
+    compared = ("iops", "cpu_per_request", "p50")
+    drawn = (("iops",), ("p50", "p99"))
+    units = "Latencies and the back-end's CPU time for a request in microseconds."
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        return {
+            "iops": Figure("requests/s", "requests per second"),
+            "bandwidth": Figure("MiB/s", "MiB per second", factor=1 / MIB),
+            "p50": Figure("p50", "p50 in microseconds", factor=MICRO),
+            "p99": Figure("p99", "p99 in microseconds", factor=MICRO),
+            "p99_9": Figure("p99.9", "p99.9 in microseconds", factor=MICRO),
+            "cpu_per_request": Figure("CPU", "CPU time per request in microseconds", "{:.2f}", MICRO),
+        }
+
+    def describe(self) -> str:
+        descriptors = "indirect" if self.indirect else "direct"
+        queues = "1 queue" if self.num_queues == 1 else f"{self.num_queues} queues"
+        how = f"{ring_in_words(self.packed)}, {descriptors} descriptors, {looks_in_words(self.poll, self.verify)}"
+        return f"{self.rw} of {show_size(self.block_size)}, {queues}, {how}."
+
+
+def ring_in_words(packed: bool) -> str:
+    return f"{'packed' if packed else 'split'} ring"
+
+
+def looks_in_words(poll: bool, verify: bool) -> str:
+    return f"{'polled' if poll else 'interrupts'}{', verified' if verify else ''}"
+
 
 @dataclass(frozen=True)
-class Sample:
-    """One run at one depth; times are seconds. `cpu` is that of the back-end's process, if it is known, and `rss` the
-    bytes of memory that were resident in it before and after.
-    """
+class DiskSample(Sample):
+    """One run at one depth."""
 
     iodepth: int
     requests: int
     errors: int
-    seconds: float
     bytes: int
     p50: float
     p99: float
     p99_9: float
     max: float
-    cpu: float | None
-    rss: tuple[int, int] | None
-    kicks: int
-    interrupts: int
+
+    @property
+    def failed(self) -> int:
+        """How much went wrong."""
+        return self.errors
 
     @property
     def iops(self) -> float:
@@ -79,52 +107,17 @@ class Sample:
         return None if self.cpu is None else self.cpu / self.requests
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A figure of several rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Self | None:
-        """None if one of the values is not known."""
-        found = list(values)
-        known = [value for value in found if value is not None]
-        if not known or len(known) < len(found):
-            return None
-        return cls(statistics.median(known), min(known), max(known))
-
-
 def measured(
     run: Callable[..., dict[str, Any]],
-    load: Load,
+    load: DiskLoad,
     iodepth: int,
     seconds: float,
-    seed: int,
+    round_: int,
     usage: Callable[[], Usage | None],
-) -> Sample:
+) -> DiskSample:
     """Run the load for some seconds, after a moment that does not count; `usage` is that of the back-end so far."""
     how: dict[str, Any] = {"write_percent": load.write_percent, "random": load.random, "iodepth": iodepth}
-    run(**how, seconds=WARM_UP, seed=seed)
-    before = usage()
-    figures = run(**how, seconds=seconds, seed=seed + 1)
-    after = usage()
+    run(**how, seconds=WARM_UP, seed=2 * round_ + 1)
+    figures = costed(lambda: run(**how, seconds=seconds, seed=2 * round_ + 2), usage)
     requests = figures.pop("reads") + figures.pop("writes")
-    return Sample(
-        iodepth=iodepth,
-        requests=requests,
-        bytes=requests * load.block_size,
-        cpu=None if before is None or after is None else after.cpu - before.cpu,
-        rss=None if before is None or after is None else (before.rss, after.rss),
-        **figures,
-    )
-
-
-def by_iodepth(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
-    """The samples of each depth, lowest first."""
-    found: dict[int, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda sample: sample.iodepth):
-        found.setdefault(sample.iodepth, []).append(sample)
-    return found
+    return DiskSample(iodepth=iodepth, requests=requests, bytes=requests * load.block_size, **figures)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from pyvirtio._core import NbdLoad
-from pyvirtio.bench.load import Load, Sample, measured
-from pyvirtio.bench.process import Usage
+from pyvirtio.bench.driver import usage
+from pyvirtio.bench.load import DiskLoad, DiskSample, measured
 from pyvirtio.errors import ConfigError, ProtocolError
 
 MAGIC = b"NBDMAGICIHAVEOPT"
@@ -25,7 +25,7 @@ HANG = 10.0
 class NbdTarget:
     """The default export of the server at `path`, for loads without verification; `pid` is the server's process."""
 
-    def __init__(self, path: Path, load: Load, pid: int) -> None:
+    def __init__(self, path: Path, load: DiskLoad, pid: int) -> None:
         self.load, self.pid, self.path = load, pid, path
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -42,12 +42,16 @@ class NbdTarget:
             self._socket.close()
             raise
 
-    def measure(self, iodepth: int, seconds: float, seed: int = 1) -> Sample:
+    def measure(self, iodepth: int, seconds: float, round_: int = 0) -> DiskSample:
         """Load the disk for some seconds, after a moment that does not count."""
-        return measured(self._client.run, self.load, iodepth, seconds, seed, lambda: Usage.of(self.pid))
+        return measured(self._client.run, self.load, iodepth, seconds, round_, lambda: usage({self.pid}))
 
     def check(self) -> None:
         """There is nothing to be checked: without verification."""
+
+    @property
+    def pids(self) -> set[int]:
+        return {self.pid}
 
     def close(self) -> None:
         with suppress(OSError):  # it may have been faster

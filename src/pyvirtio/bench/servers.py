@@ -62,21 +62,26 @@ class Storage:
 def command(server: str, storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
     """What starts a server on a disk of `storage`."""
     if server == QSD:
-        return [_program(QSD, "qemu-system-common"), *_qsd(storage, num_queues, socket_path)]
+        return [program(QSD, "qemu-system-common"), *_qsd(storage, num_queues, socket_path)]
     if server == NBDKIT:
         plugin = Path(__file__).with_name("nbdkit_memory.py")
-        program = _program(NBDKIT, "nbdkit, nbdkit-plugin-python")
-        return [program, "--foreground", "--unix", str(socket_path), "python", str(plugin)]
-    serve = [sys.executable, "-m", "pyvirtio", "serve", "--socket-path", str(socket_path)]
+        nbdkit = program(NBDKIT, "nbdkit, nbdkit-plugin-python")
+        return [nbdkit, "--foreground", "--unix", str(socket_path), "python", str(plugin)]
     queues = f"num-queues={num_queues}"
     if storage.file is None:
         disk = "PythonMemory" if storage.name == MEMORY else "PythonNull" if server == PYTHON else "NativeNull"
-        return [*serve, f"pyvirtio.bench.disks:{disk},size={NULL_SIZE},{queues}"]
+        return serve(f"pyvirtio.bench.disks:{disk},size={NULL_SIZE},{queues}", socket_path)
     path = str(storage.file).replace(",", ",,")
     if server == PYTHON:
-        return [*serve, f"pyvirtio.bench.disks:PythonFile,path={path},{queues}"]
+        return serve(f"pyvirtio.bench.disks:PythonFile,path={path},{queues}", socket_path)
     cache = "none" if storage.direct else "writeback"
-    return [*serve, f"blk,drive=disk,queue-size=1024,{queues}", "--drive", f"file={path},id=disk,cache={cache}"]
+    drive = f"file={path},id=disk,cache={cache}"
+    return [*serve(f"blk,drive=disk,queue-size=1024,{queues}", socket_path), "--drive", drive]
+
+
+def serve(device: str, socket_path: Path) -> list[str]:
+    """What starts one of ours."""
+    return [sys.executable, "-m", "pyvirtio", "serve", "--socket-path", str(socket_path), device]
 
 
 def _qsd(storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
@@ -92,7 +97,8 @@ def _qsd(storage: Storage, num_queues: int, socket_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _program(name: str, packages: str) -> str:
+def program(name: str, packages: str) -> str:
+    """Where it is."""
     found = shutil.which(name)
     if found is None:
         raise ConfigError(f"bench: {name} is not installed (Debian: {packages})")
@@ -102,7 +108,7 @@ def _program(name: str, packages: str) -> str:
 @contextmanager
 def started(arguments: list[str], socket_path: Path) -> Iterator[int]:
     """Runs a server until the end of the block; its process id, once its socket is there."""
-    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + START
             while not _is_listened_at(socket_path):

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::time::{Duration, Instant};
 
+use super::blk::{Load, Outcome};
 use super::pattern::Random;
-use super::{Fault, Load, Outcome};
+use super::Fault;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;

@@ -116,40 +116,41 @@ impl PackedRing {
         new.wrapping_sub(event).wrapping_sub(1) < added
     }
 
-    /// The id of the request that was given back at `place`, if one was.
-    fn id_at(&self, place: Place) -> Option<u16> {
+    /// The id of the request that was given back at `place`, and the bytes written, if one was.
+    fn given_back_at(&self, place: Place) -> Option<(u16, u32)> {
         let rest = u64::from_le(self.word(place, 1).load(Ordering::Acquire));
         let flags = (rest >> 48) as u16;
         let both = [AVAIL, USED].map(|flag| flags & flag != 0);
-        (both == [place.wrap; 2]).then_some((rest >> 32) as u16)
+        (both == [place.wrap; 2]).then_some(((rest >> 32) as u16, rest as u32))
     }
 
     /// How many requests the device has given back that were not popped.
     pub fn used(&self) -> u16 {
         let (mut place, mut count) = (self.next_used, 0);
-        while count < self.size / self.per_slot && self.id_at(place).is_some() {
+        while count < self.size / self.per_slot && self.given_back_at(place).is_some() {
             (place, count) = (place.plus(self.per_slot, self.size), count + 1);
         }
         count
     }
 
-    /// The slot of the next request that `used` counted.
-    pub fn pop(&mut self) -> Option<u16> {
-        let id = self.id_at(self.next_used)?;
+    /// The slot of the next request that `used` counted, and the bytes written.
+    pub fn pop(&mut self) -> Option<(u16, u32)> {
+        let given_back = self.given_back_at(self.next_used)?;
         self.next_used = self.next_used.plus(self.per_slot, self.size);
-        Some(id)
+        Some(given_back)
     }
 
-    /// Ask to be interrupted for the next used request, or not to be; look at `used` once more after this.
-    pub fn set_interrupts(&self, wanted: bool) {
-        let flags = match (wanted, self.event_idx) {
-            (false, _) => DISABLE,
-            (true, false) => ENABLE,
-            (true, true) => AT_DESC,
+    /// Ask to be interrupted when so many requests have been used, or not to be; look at `used` once more after this.
+    pub fn set_interrupts(&self, after: Option<u16>) {
+        let flags = match (after, self.event_idx) {
+            (None, _) => DISABLE,
+            (Some(_), false) => ENABLE,
+            (Some(_), true) => AT_DESC,
         };
+        let event = self.next_used.plus(after.map_or(0, |after| after - 1) * self.per_slot, self.size);
         // SAFETY: `new` checked two words.
         let words = unsafe { [&*self.driver, &*self.driver.add(1)] };
-        words[0].store(self.next_used.encoded().to_le(), Ordering::Relaxed);
+        words[0].store(event.encoded().to_le(), Ordering::Relaxed);
         words[1].store(flags.to_le(), Ordering::Release);
         fence(Ordering::SeqCst);
     }

@@ -96,17 +96,17 @@ impl Ring {
         }
     }
 
-    pub fn pop(&mut self) -> Option<u16> {
+    pub fn pop(&mut self) -> Option<(u16, u32)> {
         match self {
             Self::Split(ring) => ring.pop(),
             Self::Packed(ring) => ring.pop(),
         }
     }
 
-    pub fn set_interrupts(&self, wanted: bool) {
+    pub fn set_interrupts(&self, after: Option<u16>) {
         match self {
-            Self::Split(ring) => ring.set_interrupts(wanted),
-            Self::Packed(ring) => ring.set_interrupts(wanted),
+            Self::Split(ring) => ring.set_interrupts(after),
+            Self::Packed(ring) => ring.set_interrupts(after),
         }
     }
 }
@@ -204,23 +204,26 @@ impl SplitRing {
         u16::from_le(self.used16(1).load(Ordering::Acquire)).wrapping_sub(self.next_used)
     }
 
-    /// The slot of the next request that `used` counted; None if the device names a descriptor that begins none.
-    pub fn pop(&mut self) -> Option<u16> {
+    /// The slot of the next request that `used` counted, and how many bytes the device says that it has written; None if
+    /// it names a descriptor that begins none.
+    pub fn pop(&mut self) -> Option<(u16, u32)> {
         let entry = 1 + 2 * usize::from(self.next_used & (self.size - 1));
         // SAFETY: `new` checked one word and `size` entries of two.
-        let head = u32::from_le(unsafe { &*self.used.add(entry) }.load(Ordering::Relaxed));
+        let [head, length] =
+            [0, 1].map(|word| u32::from_le(unsafe { &*self.used.add(entry + word) }.load(Ordering::Relaxed)));
         self.next_used = self.next_used.wrapping_add(1);
         let head = u16::try_from(head).ok()?;
-        (head % self.per_slot == 0).then_some(head / self.per_slot)
+        (head % self.per_slot == 0).then_some((head / self.per_slot, length))
     }
 
-    /// Ask to be interrupted for the next used request, or not to be; look at `used` once more after this.
-    pub fn set_interrupts(&self, wanted: bool) {
+    /// Ask to be interrupted when so many requests have been used, 1 at least, or not to be; look at `used` once more
+    /// after this. Without EVENT_IDX there is an interrupt after each.
+    pub fn set_interrupts(&self, after: Option<u16>) {
         if self.event_idx {
-            let event = if wanted { self.next_used } else { self.next_used.wrapping_sub(1) };
+            let event = self.next_used.wrapping_add(after.unwrap_or(0)).wrapping_sub(1);
             self.avail(2 + self.size).store(event.to_le(), Ordering::Relaxed);
         } else {
-            self.avail(0).store(u16::from(!wanted).to_le(), Ordering::Relaxed);
+            self.avail(0).store(u16::from(after.is_none()).to_le(), Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
     }
