@@ -12,6 +12,7 @@ from pyvirtio.backends.net import Pair
 from pyvirtio.backends.tap import Tap
 from pyvirtio.cli import netdev
 from pyvirtio.cli.netdev import Netdev
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing.plugin import nothing_left_behind
 
@@ -23,7 +24,7 @@ def closing() -> Iterator[ExitStack]:
 
 
 def opened(closing: ExitStack, *texts: str) -> dict[str, Netdev]:
-    return netdev.open_netdevs(list(texts), closing.callback)
+    return netdev.open_netdevs(list(texts), closing.enter_context(Outputs()), closing.callback)
 
 
 def test_the_ends_of_a_pair_find_each_other(closing: ExitStack) -> None:

@@ -1,6 +1,7 @@
 """`pyvirtio run` as far as it goes without a guest: what it refuses, and what it says it would build."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +127,48 @@ def test_mistakes_are_one_line_and_status_2(line: str, capsys: pytest.CaptureFix
     assert captured.out == ""
 
 
+OUTPUTS = "--netdev pair,id=n0,pcap=frames --chardev file,id=c0,path=log --chardev pty,id=c1,path=tty"
+"""Options that make files."""
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("mistake", "status"), [("", 0), ("--device virtio-gpu-pci", 2), ("--chardev file,id=c2,path=nowhere/log", 2)]
+)
+def test_a_rehearsal_leaves_files_as_they_were(existing: bool, mistake: str, status: int) -> None:
+    if existing:
+        for name in ("frames", "log"):
+            Path(name).write_text("of an earlier run")
+    before = contents()
+    assert dry_run(f"{OUTPUTS} {mistake}") == status
+    assert contents() == before
+
+
+def contents() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir()}
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm")
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "--device virtio-gpu-pci",
+        "--drive file=nowhere.img",
+        "--device virtio-net-pci,netdev=n0 --device virtio-net-pci,netdev=n0",
+        "--restore text",
+        "--debugcon nowhere/debug",
+    ],
+)
+def test_a_machine_that_does_not_start_leaves_no_files(mistake: str) -> None:
+    Path("image").write_bytes(bytes(65536))
+    before = contents()
+    outputs = f"--serial file:serial --debugcon debug {OUTPUTS}"
+    assert main(["run", "--firmware", "image", *outputs.split(), *mistake.split()]) == 2
+    assert contents() == before
+
+
 def test_nothing_to_boot(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--dry-run"]) == 2
     assert "give what to boot" in capsys.readouterr().err
@@ -224,7 +267,7 @@ def test_dry_run_shows_networks(capsys: pytest.CaptureFixture[str], caplog: pyte
         ("net0", "Net", "pair"),
         ("other", "Net", "pair"),
     ]
-    assert Path("frames").stat().st_size == 24
+    assert not Path("frames").exists()
     assert caplog.messages == ["spare: no device is on this network; give one netdev=spare"]
     for netdev, message in (
         ("left", "net1: netdev=left is in use by net0"),

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from pyvirtio.backends.chardev import CHARDEVS, Chardev
+from pyvirtio.backends.chardev import CHARDEVS, Chardev, File
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, properties_of, unknown
 
@@ -34,7 +35,9 @@ def stdio_is_free(texts: list[str], serial: str) -> None:
             owner = f"{name}'s"
 
 
-def open_chardevs(texts: list[str], on_close: Callable[[Callable[[], object]], object]) -> dict[str, Chardev]:
+def open_chardevs(
+    texts: list[str], outputs: Outputs, on_close: Callable[[Callable[[], object]], object]
+) -> dict[str, Chardev]:
     """The character devices by id; `on_close` is told how to close each."""
     chardevs: dict[str, Chardev] = {}
     for text in texts:
@@ -42,6 +45,8 @@ def open_chardevs(texts: list[str], on_close: Callable[[Callable[[], object]], o
         cls = _class_of(take(options, "backend", "--chardev"))
         name = take_id(options, chardevs, "--chardev")
         properties = bind(cls, options, name, given=("name",))
+        if cls is File:
+            properties["path"] = outputs.path(properties["path"])
         try:
             chardev = cls(name=name, **properties)
         except ConfigError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from pyvirtio.backends.net import NetBackend, Pair
 from pyvirtio.cli.classes import Catalogue
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import Property, bind_each, properties_of
 
@@ -59,16 +60,16 @@ def properties(kind: str) -> list[Property]:
     return [*properties_of(CATALOGUE.find(kind)), *properties_of(Capture)]
 
 
-def open_netdevs(texts: list[str], on_close: OnClose) -> dict[str, Netdev]:
+def open_netdevs(texts: list[str], outputs: Outputs, on_close: OnClose) -> dict[str, Netdev]:
     """The networks by id; `on_close` is told how to close each."""
     netdevs: dict[str, Netdev] = {}
     for text in texts:
-        netdev = _open(_parse(text), netdevs, on_close)
+        netdev = _open(_parse(text), netdevs, outputs, on_close)
         netdevs[netdev.id] = netdev
     return netdevs
 
 
-def _open(options: dict[str, str], netdevs: dict[str, Netdev], on_close: OnClose) -> Netdev:
+def _open(options: dict[str, str], netdevs: dict[str, Netdev], outputs: Outputs, on_close: OnClose) -> Netdev:
     kind = take(options, "type", "--netdev")
     cls = CATALOGUE.find(kind)
     name = take_id(options, netdevs, f"--netdev {kind}")
@@ -77,7 +78,7 @@ def _open(options: dict[str, str], netdevs: dict[str, Netdev], on_close: OnClose
     try:
         backend = cls(**own)
         on_close(backend.close)
-        _capture(backend, Capture(**capture), on_close)
+        _capture(backend, Capture(**capture), outputs, on_close)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except Exception as error:  # of a user's class
@@ -85,13 +86,13 @@ def _open(options: dict[str, str], netdevs: dict[str, Netdev], on_close: OnClose
     return Netdev(name, backend)
 
 
-def _capture(backend: NetBackend, capture: Capture, on_close: OnClose) -> None:
+def _capture(backend: NetBackend, capture: Capture, outputs: Outputs, on_close: OnClose) -> None:
     if capture.path is None:
         return
     if backend.vhost_fds:
         raise ConfigError("pcap: with vhost the frames do not come by here; vhost=off captures them")
     try:
-        fd = os.open(capture.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(outputs.path(capture.path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"pcap={capture.path}: {error.strerror}") from None
     on_close(lambda: os.close(fd))

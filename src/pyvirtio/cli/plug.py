@@ -17,6 +17,7 @@ from pyvirtio.cli.drives import Drive, open_drives
 from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.netdev import Netdev
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
@@ -64,14 +65,14 @@ def show_help(args: argparse.Namespace) -> bool:
     return netdev.show_help(args.netdev) or asked
 
 
-def plug(board: Board, args: argparse.Namespace) -> None:
+def plug(board: Board, args: argparse.Namespace, outputs: Outputs) -> None:
     """Add to the board everything that the options name; it closes it all."""
     for text in args.object:
         _add_iothread(board, parse(text, implied="qom-type"))
     backends = Backends(
         open_drives(args.drive, board.on_close),
-        netdev.open_netdevs(args.netdev, board.on_close),
-        chardev.open_chardevs(args.chardev, board.on_close),
+        netdev.open_netdevs(args.netdev, outputs, board.on_close),
+        chardev.open_chardevs(args.chardev, outputs, board.on_close),
     )
     for text in args.device:
         _add_device(board, backends, parse(text, implied="driver"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyvirtio.accel.host import linux_capable
 from pyvirtio.cli import chardev, faults, netdev, plug
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.errors import ConfigError
 from pyvirtio.lint import Lint
 from pyvirtio.properties import parse_size
@@ -128,8 +129,8 @@ def _rehearsal(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> Iterator
     from pyvirtio.accel.inproc import InProcess
 
     memory = allocate(args.memory)
-    with Board(InProcess(memory)) as board:
-        plug.plug(board, args)
+    with Outputs(rehearsal=True) as outputs, Board(InProcess(memory)) as board:
+        plug.plug(board, args, outputs)
         if args.restore:
             snapshot.check(args.restore, snapshot.describe(boot, memory, args.smp, board.devices))
         yield board
@@ -146,19 +147,22 @@ def _read_boot(args: argparse.Namespace) -> LinuxBoot | Firmware:
 
 def _run(boot: LinuxBoot | Firmware, args: argparse.Namespace) -> int:
     with ExitStack() as stack:
-        output, debug = _serial_output(args.serial, stack), _debug_output(args.debugcon, stack)
+        outputs = stack.enter_context(Outputs())
+        output = _serial_output(args.serial, outputs, stack)
+        debug = _debug_output(args.debugcon, outputs, stack)
         machine = stack.enter_context(
             Machine(boot, memory=args.memory, smp=args.smp, console_fd=output, debug_fd=debug)
         )
         if args.lint:
             machine.virtio_pci = Lint(drivers=args.smp).virtio_pci
-        plug.plug(machine, args)
+        plug.plug(machine, args, outputs)
         if args.restore:
             machine.restore(args.restore)
         caught = stack.enter_context(_quit_on_signals(machine))
         if args.serial == "stdio":
             monitor = Monitor(machine)
             stack.enter_context(Console(machine.serial.receive, monitor.execute, machine.quit, STDIN, STDOUT))
+        outputs.kept()
         status = _run_guest(machine, reboot=not args.no_reboot)
         return 128 + caught[0] if caught else status
 
@@ -199,21 +203,21 @@ def _handling(handle: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serial_output(where: str, stack: ExitStack) -> int:
+def _serial_output(where: str, outputs: Outputs, stack: ExitStack) -> int:
     """The file descriptor that the serial port writes to."""
     if where == "stdio":
         return STDOUT
     path = os.devnull if where == "null" else where.removeprefix("file:")
-    return _open_for_writing(Path(path), "serial", stack)
+    return _open_for_writing(Path(path), "serial", outputs, stack)
 
 
-def _debug_output(path: Path | None, stack: ExitStack) -> int | None:
-    return None if path is None else _open_for_writing(path, "debugcon", stack)
+def _debug_output(path: Path | None, outputs: Outputs, stack: ExitStack) -> int | None:
+    return None if path is None else _open_for_writing(path, "debugcon", outputs, stack)
 
 
-def _open_for_writing(path: Path, what: str, stack: ExitStack) -> int:
+def _open_for_writing(path: Path, what: str, outputs: Outputs, stack: ExitStack) -> int:
     try:
-        file = stack.enter_context(path.open("wb", buffering=0))
+        file = stack.enter_context(outputs.path(path).open("wb", buffering=0))
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from None
     return file.fileno()

@@ -19,6 +19,7 @@ from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
 from pyvirtio.cli.netdev import Netdev
 from pyvirtio.cli.options import parse, print_properties, take, take_id, wants_help
+from pyvirtio.cli.outputs import Outputs
 from pyvirtio.cli.plug import Backends, make, next_name
 from pyvirtio.dataplane import IoThread, declared_queues
 from pyvirtio.device import Device
@@ -157,10 +158,11 @@ def _add(orders: dict[str, Order], options: dict[str, str], fd: int | None = Non
 
 def _serve(orders: list[Order], args: argparse.Namespace) -> int:
     with ExitStack() as stack:
+        outputs = stack.enter_context(Outputs(rehearsal=args.print_qemu_args or args.print_libvirt_xml))
         backends = Backends(
             open_drives(_drive_texts(args), stack.callback),
-            netdev.open_netdevs(args.netdev, stack.callback),
-            chardev.open_chardevs(args.chardev, stack.callback),
+            netdev.open_netdevs(args.netdev, outputs, stack.callback),
+            chardev.open_chardevs(args.chardev, outputs, stack.callback),
         )
         devices = [_device(order, backends, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
@@ -183,6 +185,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
                 lint.watch(device, order.name)
             stack.enter_context(Server(device, order.name, sock, iothreads, end.one_less, rings=order.rings))
             shared = shared[1:] + shared[:1]  # the next device begins with the next thread
+        outputs.kept()
         if systemd:
             systemd.sendall(b"READY=1")
         return end.wait(len(orders))
