@@ -72,7 +72,13 @@ REFUSED = {
     "blk --blk-file disk.img --num-queues 9999 --socket-path s": "num-queues=9999 is not allowed",
     "blk --blk-file disk.img --num-queues 257 --socket-path s": "Blk has 257 queues, at most 256 are allowed",
     "--device rng,id=a,socket-path=s --device rng,id=a,socket-path=t": "id=a is already in use",
-    "--device rng,socket-path=s --device rng,socket-path=s": "s: in use by another process",
+    "--device rng,socket-path=s --device rng,socket-path=s": "s: in use: somebody listens there",
+    "rng --fd 3 --print-qemu-args": "rng0: what a front-end needs can be printed with --socket-path only",
+    "--device rng,socket-path=s --socket-path t": "serve: --socket-path is for a DEVICE that is named without --device",
+    "--device rng,socket-path=s --fd 3": "serve: --fd is for a DEVICE",
+    "--device rng,socket-path=s --num-queues 2": "serve: --num-queues is for a DEVICE",
+    "--device rng,socket-path=s --blk-file disk.img": "serve: --blk-file is for a DEVICE",
+    "blk,drive=d --drive file=disk.img,id=d --read-only --socket-path s": "serve: --read-only is for --blk-file",
 }
 
 
@@ -93,13 +99,20 @@ def test_capabilities_are_what_qemu_expects(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out) == {"type": "block", "features": ["read-only", "blk-file"]}
 
 
+@pytest.mark.parametrize("line", ["help", "--device help", "rng --device ?"])
+def test_the_devices_are_listed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *line.split()]) == 0
+    shown = capsys.readouterr().out.split()
+    assert set(DEVICES) <= set(shown)
+
+
 def test_the_front_ends_side_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "blk --blk-file disk.img --num-queues 2 --socket-path s --print-qemu-args"
     assert main(["serve", *line.split()]) == 0
     shown = capsys.readouterr().out
     assert "memory-backend-memfd" in shown
     assert "share=on" in shown
-    assert "-chardev socket,id=blk0,path=s," in shown
+    assert f"-chardev socket,id=blk0,path={here}/s," in shown
     assert "-device vhost-user-blk-pci,num-queues=2,chardev=blk0" in shown
 
 
@@ -110,9 +123,10 @@ def test_the_domain_of_libvirt_is_printed(here: Path, capsys: pytest.CaptureFixt
     domain = ElementTree.fromstring(f"<domain>{capsys.readouterr().out}</domain>")
     assert domain.find("memoryBacking/access[@mode='shared']") is not None
     (source,) = domain.findall("devices/disk[@type='vhostuser']/source")
-    assert source.get("path") == "a&b"
+    assert source.get("path") == f"{here}/a&b"
     arguments = [str(argument.get("value")) for argument in domain.iter(f"{{{QEMU_NAMESPACE}}}arg")]
-    assert arguments == ["-chardev", "socket,id=rng0,path=r,reconnect=1", "-device", "vhost-user-rng-pci,chardev=rng0"]
+    chardev = f"socket,id=rng0,path={here}/r,reconnect=1"
+    assert arguments == ["-chardev", chardev, "-device", "vhost-user-rng-pci,chardev=rng0"]
 
 
 @pytest.mark.parametrize("option", ["--print-qemu-args", "--print-libvirt-xml"])
@@ -126,7 +140,7 @@ def test_the_front_end_is_to_ask_for_packed_rings_where_they_are_offered(
         assert (asked in capsys.readouterr().out) is packed
 
 
-def test_the_front_ends_side_of_a_network_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_front_ends_side_of_a_network_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "serve net,netdev=n --netdev pair,id=n --socket-path s"
     assert main([*line.split(), "--print-qemu-args"]) == 0
     shown = capsys.readouterr().out
@@ -135,7 +149,7 @@ def test_the_front_ends_side_of_a_network_is_printed(capsys: pytest.CaptureFixtu
     assert main([*line.split(), "--print-libvirt-xml"]) == 0
     domain = ElementTree.fromstring(f"<domain>{capsys.readouterr().out}</domain>")
     (source,) = domain.findall("devices/interface[@type='vhostuser']/source")
-    assert (source.get("path"), source.get("mode")) == ("s", "client")
+    assert (source.get("path"), source.get("mode")) == (f"{here}/s", "client")
 
 
 def test_an_image_that_only_looks_like_another_format_is_served_if_told(start: Start, here: Path) -> None:
@@ -263,7 +277,7 @@ def test_a_stale_socket_is_replaced_and_one_in_use_is_not(
     assert (here / "s").exists()
     start("rng", "--socket-path", "s")
     assert main(["serve", "rng", "--socket-path", "s"]) == 2
-    assert capsys.readouterr().err == "pyvirtio: s: in use by another process\n"
+    assert capsys.readouterr().err == "pyvirtio: s: in use: somebody listens there\n"
     connection = Connection(here / "s")
     assert connection.get(Request.GET_QUEUE_NUM) == 1
     connection.close()

@@ -42,8 +42,8 @@ def transport_properties() -> list[Property]:
     return [replace(p, default=None) if p.parameter in CHOSEN else p for p in found]
 
 
-def print_devices() -> None:
-    print_table("--device", ("name", "what it is"), catalogue().rows())
+def print_devices(names: Mapping[str, str] = NAMES) -> None:
+    print_table("--device", ("name", "what it is"), catalogue(names).rows())
 
 
 def print_device(name: str) -> None:

@@ -24,7 +24,7 @@ class Served(NamedTuple):
     """A device under its name, its socket, and what it offers besides split rings."""
 
     name: str
-    path: Path | None
+    path: Path
     device: Device
     rings: Rings
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvirtio.cli import chardev, faults, netdev
-from pyvirtio.cli.devices import device_class
+from pyvirtio.cli.devices import device_class, print_devices
 from pyvirtio.cli.drives import Drive, open_drives
 from pyvirtio.cli.drives import show_help as show_drive_help
 from pyvirtio.cli.front_ends import Served, capabilities, libvirt_xml, qemu_args
@@ -48,7 +48,7 @@ SANDBOX_HELP = """\
 give up, once all is open, what serving does not need: files, programs, connections. The default is on, but off for
 classes of your own, chardevs and drives that may need them later"""
 DEVICE_HELP = """\
-a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `NAME,help` lists its properties"""
+a device of its own: NAME[,OPTIONS],socket-path=PATH; may be repeated. `help` lists them, `NAME,help` its properties"""
 DRIVE_HELP = (
     "a disk image for drive=ID of a device: file=PATH,id=ID[,format=raw][,readonly=on|off][,locking=on|off]"
     "[,cache=writeback|writethrough|none][,aio=auto|threads|io_uring]"
@@ -106,16 +106,34 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if not texts:
         raise ConfigError("serve: name a device, such as `blk` or `rng`")
-    for text in texts:
-        options = parse(text, implied="driver")
-        if wants_help(options):
-            driver = options["driver"]
-            print_properties(driver, [*properties_of(device_class(driver, NAMES)), *properties_of(Rings)])
-            return 0
+    if any(_show_help(parse(text, implied="driver")) for text in texts):
+        return 0
+    _check(args)
     if args.print_capabilities:
         print(json.dumps(capabilities(device_class(parse(texts[0], implied="driver")["driver"], NAMES)), indent=2))
         return 0
     return _serve(_orders(args), args)
+
+
+def _show_help(options: dict[str, str]) -> bool:
+    if not wants_help(options):
+        return False
+    driver = options["driver"]
+    if driver in ("help", "?"):
+        print_devices(NAMES)
+    else:
+        print_properties(driver, [*properties_of(device_class(driver, NAMES)), *properties_of(Rings)])
+    return True
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError for an option that nothing here would heed."""
+    if not args.what:
+        for option in ("socket_path", "fd", "num_queues", "blk_file"):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"serve: --{option.replace('_', '-')} is for a DEVICE that is named without --device")
+    if args.read_only and args.blk_file is None:
+        raise ConfigError("serve: --read-only is for --blk-file; a --drive takes readonly=on")
 
 
 def _orders(args: argparse.Namespace) -> list[Order]:
@@ -166,7 +184,7 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         )
         devices = [_device(order, backends, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
-            served = [Served(o.name, o.path, device, o.rings) for o, device in zip(orders, devices, strict=True)]
+            served = [_served(order, device) for order, device in zip(orders, devices, strict=True)]
             print(qemu_args(served) if args.print_qemu_args else libvirt_xml(served))
             return 0
         poll = {} if args.poll_max_ns is None else {"poll_max_ns": args.poll_max_ns}
@@ -189,6 +207,12 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
         if systemd:
             systemd.sendall(b"READY=1")
         return end.wait(len(orders))
+
+
+def _served(order: Order, device: Device) -> Served:
+    if order.path is None:
+        raise ConfigError(f"{order.name}: what a front-end needs can be printed with --socket-path only")
+    return Served(order.name, order.path.absolute(), device, order.rings)
 
 
 def _iothread(name: str, polling: dict[str, Any], stack: ExitStack) -> IoThread:

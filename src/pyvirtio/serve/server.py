@@ -44,7 +44,7 @@ def _remove_stale(path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
-                raise ConfigError(f"{path}: in use by another process")
+                raise ConfigError(f"{path}: in use: somebody listens there")
         path.unlink()
 
 
