@@ -113,7 +113,10 @@ class CallFd:
 
     def __new__(cls, fd: int) -> Self: ...
     def signal(self) -> None:
-        """Write to it; never blocks."""
+        """Write to it. Blocks only on an eventfd that the front-end has filled and made blocking, until `let_go`."""
+
+    def let_go(self) -> None:
+        """See that no thread waits in `signal` for a front-end that is gone, or is to go. Any thread."""
 
 @final
 class DeviceState:

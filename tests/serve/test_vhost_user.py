@@ -198,7 +198,8 @@ def test_a_full_call_fd_that_is_no_eventfd_does_not_block(serve: Serve, kind: st
 
 
 def fill(fd: int) -> None:
-    """Write until there is no room; hangs if nobody made it non-blocking."""
+    """Write until there is no room."""
+    os.set_blocking(fd, False)
     with suppress(BlockingIOError):
         while True:
             os.write(fd, bytes(4096))

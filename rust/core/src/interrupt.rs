@@ -3,8 +3,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::sync::EventFd;
 
@@ -180,30 +182,97 @@ impl MsixVector {
 }
 
 /// A file descriptor of a vhost-user front-end that is written to instead of an interrupt: an eventfd, pipe or socket.
-pub struct CallFd(OwnedFd);
+///
+/// It becomes non-blocking. The front-end shares what it refers to, though, and may undo that.
+pub struct CallFd {
+    fd: OwnedFd,
+    socket: bool,
+    /// Threads that are in `signal`.
+    inside: AtomicUsize,
+    wary: AtomicBool,
+}
+
+/// How often, and with which pauses, `let_go` looks whether a thread is stuck.
+const LOOKS: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(1);
 
 impl CallFd {
-    /// Duplicates the fd. What it refers to, which the front-end shares, becomes non-blocking.
+    /// Duplicates the fd.
     pub fn new(fd: RawFd) -> io::Result<Self> {
         let fd = crate::sync::duplicate(fd)?;
+        let kind = std::fs::File::from(fd.try_clone()?).metadata()?.file_type();
+        if kind.is_file() || kind.is_dir() || kind.is_block_device() || kind.is_char_device() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let fd = if kind.is_fifo() { reopened(&fd).unwrap_or(fd) } else { fd };
         // SAFETY: plain system calls on an fd of ours.
         let set = unsafe {
             let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
             flags >= 0 && libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) >= 0
         };
         if set {
-            Ok(Self(fd))
+            Ok(Self { fd, socket: kind.is_socket(), inside: AtomicUsize::new(0), wary: AtomicBool::new(false) })
         } else {
             Err(io::Error::last_os_error())
         }
     }
 
-    /// Never blocks: where there is no room, the front-end has something to read already.
+    /// Blocks only on an eventfd that a hostile front-end has filled, until `let_go`. Where there is no room, the
+    /// front-end has something to read already.
     pub fn signal(&self) {
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: writes 8 bytes of ours; the result says nothing that could be acted upon.
-        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        self.inside.fetch_add(1, SeqCst);
+        if !self.wary.load(SeqCst) || self.has_room() {
+            self.write();
+        }
+        self.inside.fetch_sub(1, SeqCst);
     }
+
+    fn write(&self) {
+        let one = 1u64.to_ne_bytes();
+        let (fd, at) = (self.fd.as_raw_fd(), one.as_ptr().cast());
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: reads 8 bytes of ours; the result says nothing that could be acted upon.
+        unsafe {
+            if self.socket {
+                libc::send(fd, at, one.len(), flags)
+            } else {
+                libc::write(fd, at, one.len())
+            }
+        };
+    }
+
+    fn has_room(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one pollfd, for the time of the call.
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    }
+
+    /// The front-end is gone, or is to go: see that no thread goes on waiting for it in `signal`. Any thread.
+    pub fn let_go(&self) {
+        self.wary.store(true, SeqCst);
+        let mut looks = 0;
+        while self.inside.load(SeqCst) > 0 {
+            looks += 1;
+            if looks > LOOKS {
+                self.make_room();
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    fn make_room(&self) {
+        let mut count = [0u8; 8];
+        let into = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // SAFETY: one buffer of ours, for the time of the call; an eventfd that is empty is left alone.
+        unsafe { libc::preadv2(self.fd.as_raw_fd(), &into, 1, -1, libc::RWF_NOWAIT) };
+    }
+}
+
+/// The same pipe, in an open file that the front-end does not share.
+fn reopened(fd: &OwnedFd) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let file = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.ok().map(OwnedFd::from)
 }
 
 /// What tells the driver.

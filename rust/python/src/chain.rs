@@ -120,7 +120,10 @@ impl Chain {
         self.discarded(py.detach(|| self.inner.discard_writable()))
     }
 
-    fn complete(&mut self) -> PyResult<()> {
-        self.inner.complete().map_err(|error| self.refused(error))
+    fn complete(&mut self, py: Python<'_>) -> PyResult<()> {
+        let chain = &mut self.inner;
+        // From any other thread the driver is told at once, through a file descriptor that may be a stranger's.
+        let done = if chain.vq().is_server() { chain.complete() } else { py.detach(|| chain.complete()) };
+        done.map_err(|error| self.refused(error))
     }
 }

@@ -145,6 +145,10 @@ impl CallFd {
     fn signal(&self, py: Python<'_>) {
         py.detach(|| self.inner.signal());
     }
+
+    fn let_go(&self, py: Python<'_>) {
+        py.detach(|| self.inner.let_go());
+    }
 }
 
 /// What a queue or a device signals.

@@ -149,6 +149,12 @@ class Backend:
         else:
             self._errs.pop(index, None)
 
+    def let_go(self) -> None:
+        """The front-end is gone, or is to go: nobody waits until it can be told something. Any thread."""
+        for call in (*[vring.call for vring in self.vrings], *self._errs.values(), self._log_call):
+            if call:
+                call.let_go()
+
     def recover(self) -> None:
         """A device of which no ring runs any more is whole again: nothing is left of what broke it."""
         if not any(vring.running for vring in self.vrings):

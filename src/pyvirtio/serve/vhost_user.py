@@ -92,10 +92,12 @@ class Session(Sharing):
     def hang_up(self) -> None:
         with suppress(OSError):  # it may have been faster
             self.connection.shutdown(socket.SHUT_RDWR)
+        self.backend.let_go()
 
     def close(self) -> None:
         """Stop everything and forget the front-end; what it gave us is closed."""
         self.device.config_changed = lambda: None
+        self.backend.let_go()
         self.backend.close()
         if self._channel:
             self._channel.close()

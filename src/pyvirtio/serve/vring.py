@@ -38,6 +38,8 @@ class Vring:
         self.log_used: int | None = None
         """The guest address for which the used ring is marked in the log, if it is."""
         self._log: DirtyLog | None = None
+        self.call: CallFd | None = None
+        """What the driver is interrupted through."""
         self.enabled = False
         self.polled = False
         """The front-end sends no kicks: the ring is looked at all the time."""
@@ -91,6 +93,7 @@ class Vring:
         """From now on the driver is interrupted through `fd`, which is duplicated."""
         call = call_fd(fd)
         self.vq.set_call(call)
+        self.call = call
         if call and self.running:
             call.signal()  # what was meant for the fd before it may have been lost
 
