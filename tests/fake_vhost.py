@@ -61,6 +61,7 @@ class FakeRing:
 
     number: int = 0
     base: int = 0
+    poll_us: int = 0
     addresses: tuple[int, ...] = ()
     kick: int = -1
     call: int = -1
@@ -124,6 +125,9 @@ class FakeVhost:
 
     def set_vring_base(self, fd: int, data: bytes) -> None:
         self._idle(fd, data).base = struct.unpack("=Ii", data)[1]
+
+    def set_vring_busyloop_timeout(self, fd: int, data: bytes) -> None:
+        self._idle(fd, data).poll_us = struct.unpack("=Ii", data)[1]
 
     def set_vring_addr(self, fd: int, data: bytes) -> None:
         index, flags, desc, used, avail, _ = struct.unpack("=IIQQQQ", data)

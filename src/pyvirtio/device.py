@@ -171,6 +171,9 @@ class Device:
 
     The device may shorten it, and tell `vhost_changed`.
     """
+    vhost_poll_us: int = 0
+    """How long the kernel looks for more buffers of a queue before it sleeps."""
+
     vhost_changed: Callable[[], object]
     config: Any
     """The configuration space: an instance of the layout, or None."""

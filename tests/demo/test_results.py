@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pyvirtio.demo.measure import Load, Plan, Window
-from pyvirtio.demo.network import MODES, NetLoad, NetWindow, windows
+from pyvirtio.demo.network import MODES, NetLoad, NetWindow, vm_exits, windows
 from pyvirtio.demo.plot import draw
 from pyvirtio.demo.results import Results, Spread
 from pyvirtio.demo.table import summary, table
@@ -90,8 +91,8 @@ def test_events_that_travelled_as_json_give_the_same_results(with_network: Resul
 
 def net_window(load: NetLoad) -> NetWindow:
     """1000 frames in 2 s where the vCPU serves, twice as many with ioeventfd, four times with vhost."""
-    frames = 1000 << MODES.index(load.mode)
-    return NetWindow(load, 2.0, frames, 500 if load.mode == "sync" else 0, 10 if load.mode == "ioeventfd" else 0)
+    frames, sync = 1000 << MODES.index(load.mode), load.mode == "sync"
+    return NetWindow(load, 2.0, frames, 500 if sync else 0, 10 if load.mode == "ioeventfd" else 0, 2000 if sync else 50)
 
 
 @pytest.fixture
@@ -110,6 +111,17 @@ def test_a_network_row_compares_with_the_same_round(with_network: Results) -> No
     assert [row.frames_per_second.median for row in rows[:3]] == [500, 1000, 2000]
     assert [row.speedup for row in rows[:3]] == [Spread(1, 1, 1), Spread(2, 2, 2), Spread(4, 4, 4)]
     assert (rows[0].notify_exits, rows[1].wakeups) == (1000, 20)
+    assert [row.exits_per_frame for row in rows[:2]] == [2, 0.025]
+
+
+def test_exits_that_kvm_does_not_tell_are_no_figure(with_network: Results, tmp_path: Path) -> None:
+    untold = [replace(window, exits=None) for window in with_network.net_windows]
+    assert {row.exits_per_frame for row in replace(with_network, net_windows=untold).net_rows()} == {None}
+    assert vm_exits(tmp_path) is None
+    figures = tmp_path / f"sys/kernel/debug/kvm/{os.getpid()}-12"
+    figures.mkdir(parents=True)
+    (figures / "exits").write_text("345\n")
+    assert vm_exits(tmp_path) == 345
 
 
 def test_a_notify_exit_with_vhost_is_a_problem(with_network: Results) -> None:

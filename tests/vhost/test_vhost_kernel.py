@@ -77,6 +77,15 @@ def test_the_kernel_serves_the_pairs_and_we_the_control_queue(
     assert [ring.served for ring in fake.serving] == [40] * 2 * pairs
 
 
+def test_the_kernel_polls_as_long_as_the_device_says(guest: Guest, fake: FakeVhost) -> None:
+    pairs = Pairs(2)
+    pairs.vhost_poll_us = 50
+    guest.plug(pairs)
+    assert [ring.poll_us for ring in fake.rings.values()] == [50] * 4
+    guest.plug(Pairs(), name="asleep")
+    assert [ring.poll_us for ring in fake.rings.values()][4:] == [0] * 2
+
+
 def test_an_unmasked_vector_is_signalled_by_the_kernel_itself(guest: Guest, fake: FakeVhost) -> None:
     driver = guest.plug(Pairs())
     msix = driver.function.msix

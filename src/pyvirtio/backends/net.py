@@ -47,6 +47,8 @@ class NetBackend:
 
     vhost_fds: Sequence[int] = ()
     """One `/dev/vhost-net` for each of `fds`, if the kernel is to move the frames instead of the core."""
+    vhost_poll_us: int = 0
+    """How long vhost looks for more frames before it sleeps and has to be notified, in microseconds."""
 
     def __str__(self) -> str:
         return type(self).__name__.lower()

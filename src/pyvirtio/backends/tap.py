@@ -19,6 +19,7 @@ TUN = "/dev/net/tun"
 VHOST_NET = "/dev/vhost-net"
 MAX_QUEUES = 256
 MAX_NAME = 15
+MAX_POLL_US = 1_000_000
 ETHERNET_MTU = 1500
 
 # <linux/if_tun.h>
@@ -68,6 +69,7 @@ class Tap(NetBackend):
         queues: Annotated[int, "queue pairs; for more than 1 a multi_queue interface", Range(1, MAX_QUEUES)] = 1,
         vhost: Annotated[bool, "let the kernel's vhost-net move the frames, if there is one"] = False,
         vhostforce: Annotated[bool, "vhost=on, and an error if there is none"] = False,
+        poll_us: Annotated[int, "with vhost: microseconds that it polls before it sleeps", Range(0, MAX_POLL_US)] = 0,
         script: Annotated[Literal["no"], "no script configures the interface"] = "no",
         downscript: Annotated[Literal["no"], "nor afterwards"] = "no",
     ) -> None:
@@ -82,6 +84,9 @@ class Tap(NetBackend):
             self.attached = queues
             if vhost or vhostforce:
                 self.vhost_fds = self._open_vhost(force=vhostforce)
+            elif poll_us:
+                raise ConfigError(f"poll-us={poll_us} is allowed with vhost=on only")
+            self.vhost_poll_us = poll_us
             undo.pop_all()
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ The frames come from the kernel's own generator (pktgen) in the guest, and are c
 """
 
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -21,6 +22,8 @@ MODES = ("sync", "ioeventfd", "vhost")
 SIZES = (64, 1500)
 """Bytes of a frame."""
 TRANSMITQ = 1
+POLL_US = 32
+"""How long vhost looks for more frames before it sleeps: as long as an I/O thread does by default (poll-max-ns)."""
 LINE_TIMEOUT = 120
 
 # <linux/sockios.h>, <linux/if.h>
@@ -42,7 +45,8 @@ class NetLoad:
 class NetWindow:
     """What happened in one window: frames at the tap, and the differences of the transmit queue's counters.
 
-    Of what vhost serves the counters know nothing but the notifies that left the guest.
+    Of what vhost serves the counters know nothing but the notifies that left the guest. `exits` are all of the
+    virtual machine, also those that only the kernel sees; None if it does not tell.
     """
 
     load: NetLoad
@@ -50,6 +54,7 @@ class NetWindow:
     frames: int
     notifies: int
     wakeups: int
+    exits: int | None = None
 
     @property
     def frames_per_second(self) -> float:
@@ -68,7 +73,7 @@ class Card:
     """A network card on a tap of its own. `modes` are those that this host can do."""
 
     def __init__(self, guest: LinuxGuest) -> None:
-        self.tap = Tap(vhost=True)
+        self.tap = Tap(vhost=True, poll_us=POLL_US)
         _bring_up(self.tap.ifname)
         self.pci: VirtioPci = guest.plug(Net(self.tap, mac="52:54:00:00:00:01"), "net0")
         self.modes = MODES if self.tap.vhost_fds else MODES[:2]
@@ -76,16 +81,17 @@ class Card:
     def run_window(self, guest: LinuxGuest, load: NetLoad, seconds: float) -> NetWindow:
         """Let the guest send, and look at the counters when its window begins and ends."""
         self._set_mode(load.mode)
-        snapshots: list[tuple[float, int, dict[str, int]]] = []
+        snapshots: list[tuple[float, int, int | None, dict[str, int]]] = []
 
         def on_line(line: str) -> None:
             if line.startswith(("::begin", "::end")):
-                snapshots.append((time.monotonic(), self._frames(), self._transmitq_counters()))
+                snapshots.append((time.monotonic(), self._frames(), vm_exits(), self._transmitq_counters()))
 
         guest.run(f"transmit {load.size} {seconds:g}", on_line, seconds + LINE_TIMEOUT)
-        (start, frames, before), (end, more_frames, after) = snapshots
+        (start, frames, exits, before), (end, more_frames, more_exits, after) = snapshots
         counted = {name: after[name] - before[name] for name in ("notifies", "wakeups")}
-        return NetWindow(load, end - start, more_frames - frames, **counted)
+        left = None if exits is None or more_exits is None else more_exits - exits
+        return NetWindow(load, end - start, more_frames - frames, **counted, exits=left)
 
     def _set_mode(self, mode: str) -> None:
         if self.pci.vhost is not None:
@@ -97,6 +103,15 @@ class Card:
 
     def _transmitq_counters(self) -> dict[str, int]:
         return self.pci.dataplane.queues[TRANSMITQ].counters
+
+
+def vm_exits(root: Path = Path("/")) -> int | None:
+    """Exits of this process's only virtual machine so far, where KVM's figures may be read (debugfs, root)."""
+    try:
+        [figure] = (root / "sys/kernel/debug/kvm").glob(f"{os.getpid()}-*/exits")
+        return int(figure.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _bring_up(ifname: str) -> None:

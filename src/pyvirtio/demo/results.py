@@ -49,7 +49,8 @@ class Row:
 class NetRow:
     """Frames of one size, sent in one mode, over all rounds. Counts are sums of all rounds.
 
-    `speedup` is relative to mode "sync", each pair in the same round.
+    `speedup` is relative to mode "sync", each pair in the same round. `exits_per_frame` are exits of the virtual
+    machine of any kind, also those that never leave the kernel; None where KVM's figures cannot be read.
     """
 
     size: int
@@ -59,6 +60,7 @@ class NetRow:
     frames: int
     notify_exits: int
     wakeups: int
+    exits_per_frame: float | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Results:
             frames=frames,
             notify_exits=exits,
             wakeups=wakeups,
+            exits_per_frame=_per_frame([w.exits for w in windows], frames),
         )
 
     def problems(self) -> list[str]:
@@ -153,3 +156,8 @@ class Results:
         """All figures: the rows of the table, and the windows they come from."""
         rows = {"rows": [asdict(row) for row in self.rows()], "net_rows": [asdict(row) for row in self.net_rows()]}
         return {**asdict(self), "problems": self.problems(), **rows}
+
+
+def _per_frame(exits: list[int | None], frames: int) -> float | None:
+    known = [count for count in exits if count is not None]
+    return sum(known) / frames if frames and len(known) == len(exits) else None

@@ -4,6 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pyvirtio.demo.network import POLL_US
 from pyvirtio.demo.results import Results, Row, Spread
 
 MODES = {"sync": "ioeventfd off", "ioeventfd": "ioeventfd on", "vhost": "vhost-net"}
@@ -25,7 +26,9 @@ def table(results: Results) -> RenderableType:
         Text(
             f"Speeds are medians (lowest-highest) of {rounds} rounds, counts are sums. vCPU left: speed of a process "
             "that only counts, relative to its speed beside an idle disk. Batch: requests for each wake-up or exit; "
-            "- if the I/O thread never slept. Frames are counted at the host's tap.\n",
+            "- if the I/O thread never slept. Frames are counted by the host's interface. Exits/frame: exits of the "
+            "virtual machine for any reason, of which notify exits are those that reach this process. The I/O thread "
+            f"and vhost-net look for more frames for {POLL_US} us before they sleep and have to be notified.\n",
             "dim",
         ),
         *(Text(line) for line in summary(results)),
@@ -46,7 +49,8 @@ def _backend(backend: str, results: Results) -> Table:
 def _network(results: Results) -> Table:
     title = "Frames that the guest sends through virtio-net-pci to a tap (pktgen)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for heading in ("bytes", "served by", "frames/s", "relative to off", "notify exits", "wake-ups"):
+    headings = ("bytes", "served by", "frames/s", "relative\nto off", "notify\nexits", "wake-\nups", "exits/\nframe")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results.net_rows():
         style = "" if row.mode == "sync" else "green"
@@ -58,6 +62,7 @@ def _network(results: Results) -> Table:
             Text(_spread(row.speedup, "{:.1f}"), style),
             Text(f"{row.notify_exits:,}", "red" if wrong else style),
             Text("-" if row.mode == "vhost" else f"{row.wakeups:,}", style),
+            Text("-" if row.exits_per_frame is None else f"{row.exits_per_frame:.3f}", style),
         )
     table.add_row()
     return table

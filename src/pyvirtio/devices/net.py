@@ -106,6 +106,7 @@ class Net(Device, id=DeviceId.NET, config=NetConfig):
             pcap=netdev.pcap,
         )
         self.vhost = self._vhost = list(zip(netdev.vhost_fds, netdev.fds, strict=False))[: self.pairs]
+        self.vhost_poll_us = netdev.vhost_poll_us
         self.control = Control(self)
         netdev.connect(self.plane.inject)
 

@@ -33,6 +33,7 @@ GET_VRING_BASE = 0xC008AF12
 SET_VRING_KICK = 0x4008AF20
 SET_VRING_CALL = 0x4008AF21
 SET_VRING_ERR = 0x4008AF22
+SET_VRING_BUSYLOOP_TIMEOUT = 0x4008AF23
 NET_SET_BACKEND = 0x4008AF30
 
 NO_FD = -1
@@ -152,6 +153,8 @@ class VhostNet:
         self._features &= int(struct.unpack("=Q", ioctl(vhost, GET_FEATURES, bytes(8)))[0])
         for index in (0, 1):
             queue = self._driver.dataplane.queues[len(self._rings)]
+            if poll_us := self._driver.dataplane.device.vhost_poll_us:
+                ioctl(vhost, SET_VRING_BUSYLOOP_TIMEOUT, struct.pack("=II", index, poll_us))
             call, error = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
             self._rings.append(Vring(vhost, index, tap, queue, call, error))
 

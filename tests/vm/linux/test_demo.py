@@ -27,3 +27,4 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     for sent in results.net_rows():
         assert sent.frames > 0
         assert (sent.notify_exits > 0) is (sent.mode == "sync")
+        assert sent.exits_per_frame is None or sent.exits_per_frame > 0

@@ -55,6 +55,13 @@ def test_the_kernel_moves_the_frames(transport: Interface, msix: bool, merge: bo
         assert chains(nic) == 0
 
 
+@own_network
+def test_the_kernel_polls_before_it_sleeps() -> None:
+    with tapped(vhostforce=True, poll_us=50) as (nic, host):
+        exchange(nic, host, range(10))
+        assert chains(nic) == 0
+
+
 @pytest.mark.parametrize("ioeventfd", [False, True])
 @own_network
 def test_the_queues_are_given_and_taken_back(ioeventfd: bool) -> None:
