@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -155,7 +155,7 @@ def repeat(lane: Lane) -> Cost:
     return total(costs)
 
 
-def together(jobs: list[Callable[[], Cost]], *, timed_as_a_whole: bool = True) -> Cost:
+def together(jobs: Sequence[Callable[[], Cost]], *, timed_as_a_whole: bool = True) -> Cost:
     """All frames, in the time that passed (or that the longest job says), at the CPU time of all threads."""
     costs: list[Cost] = []
 

@@ -1,5 +1,6 @@
 """The console: ports, control messages, and bytes that neither side loses or has to wait for."""
 
+import os
 import select
 import socket
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from restored import restored, saved
 
-from pyvirtio.backends.chardev import Chardev, Null, Socket
+from pyvirtio.backends.chardev import Chardev, Null, Pty, Socket
 from pyvirtio.devices.console import Console, ConsoleFeature, Control
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing import Guest, VirtioDriver
@@ -216,6 +217,22 @@ def test_a_peer_may_go_and_another_come(guest: Guest, tmp_path: Path) -> None:
             peer.send(name)
             assert buffer.wait() == name
         until(lambda: not chardev.connected)
+
+
+def test_a_port_is_open_while_somebody_has_its_pseudo_terminal_open(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pty, "LOOK_SECONDS", 0.01)
+    ports = Ports(guest, Console(ports=[terminal := Pty("agent")]))
+    ports.say(0xFFFFFFFF, Control.DEVICE_READY)
+    assert ports.hear()[:2] == (1, Control.DEVICE_ADD)
+    ports.say(1, Control.PORT_READY)
+    assert [ports.hear()[:3] for _ in range(2)] == [(1, Control.PORT_NAME, 1), (1, Control.PORT_OPEN, 0)]
+    for _ in range(2):
+        fd = os.open(terminal.terminal, os.O_RDWR | os.O_NOCTTY)
+        assert ports.hear() == (1, Control.PORT_OPEN, 1, b"")
+        os.close(fd)
+        assert ports.hear() == (1, Control.PORT_OPEN, 0, b"")
 
 
 def test_the_ports_introduce_themselves(guest: Guest) -> None:

@@ -38,14 +38,17 @@ class Chardev:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.connected = True
-        """Whether anybody may be at the other end. What is written is discarded otherwise."""
         self.input: int | None = None
         self.output: int | None = None
         self._claimed = False
         self._epoll = epoll()
         self._closing = ExitStack()
         self._closing.callback(self._epoll.close)
+
+    @property
+    def connected(self) -> bool:
+        """Whether anybody may be at the other end. What is written is discarded otherwise."""
+        return True
 
     def claim(self) -> None:
         """A port takes it, and has it for itself."""
@@ -177,7 +180,10 @@ class File(Chardev):
 
 
 class Pty(Chardev):
-    """A new pseudo-terminal, whose name is printed. What the guest sends while nobody has it open is discarded."""
+    """A new pseudo-terminal, whose name is printed. Nobody is at the other end until somebody opens it."""
+
+    LOOK_SECONDS = 1.0
+    """How often it looks whether somebody has: the kernel tells only of the first byte."""
 
     def __init__(
         self,
@@ -195,6 +201,9 @@ class Pty(Chardev):
             self.input = self.output = self.own(master)
             self._poll = poll()
             self._poll.register(master, 0)
+            self._timer = Timer()
+            self.watch(self._timer.fd)
+            self._timer.start(self.LOOK_SECONDS)
             if path is not None:
                 self._link(path)
         print(f"char device redirected to {self.terminal} (label {name})", file=sys.stderr, flush=True)
@@ -206,12 +215,20 @@ class Pty(Chardev):
             raise ConfigError(f"{path}: {error.strerror}") from error
         self._closing.callback(path.unlink, missing_ok=True)
 
+    @property
+    def connected(self) -> bool:
+        return self.output is not None and not any(events & POLLHUP for _, events in self._poll.poll(0))
+
+    def changed(self, fd: int) -> None:
+        self._timer.take()
+        if not self.connected:
+            self._timer.start(self.LOOK_SECONDS)
+
     def write(self, data: bytes) -> int:
-        hung_up = self.output is not None and any(events & POLLHUP for _, events in self._poll.poll(0))
-        return len(data) if hung_up else super().write(data)
+        return super().write(data) if self.connected else len(data)
 
     def ended(self) -> None:
-        """Nobody has it open now. Somebody may again, which is an edge."""
+        """Nobody has it open now. Somebody may again."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -239,7 +256,6 @@ class Socket(Chardev):
             raise ConfigError("wait=on is allowed with server=on only")
         if reconnect and server:
             raise ConfigError(f"reconnect={reconnect} is allowed with server=off only")
-        self.connected = False
         self._address: Any = str(path) if path is not None else (host, port)
         self._family = socket.AF_UNIX if path is not None else socket.AF_INET
         self._peer: socket.socket | None = None
@@ -253,6 +269,10 @@ class Socket(Chardev):
         if not server and not self.connected and not reconnect:
             self.close()
             raise ConfigError(f"{self._where}: {self._why}")
+
+    @property
+    def connected(self) -> bool:
+        return self._peer is not None
 
     @property
     def _where(self) -> str:
@@ -316,7 +336,6 @@ class Socket(Chardev):
         peer.setblocking(False)
         self._peer = peer
         self.input = self.output = self.watch(peer.fileno())
-        self.connected = True
 
     def changed(self, fd: int) -> None:
         if self._listener is not None and fd == self._listener.fileno():
@@ -341,7 +360,6 @@ class Socket(Chardev):
             self._peer.close()
         self._peer = None
         self.input = self.output = None
-        self.connected = False
 
     def close(self) -> None:
         self._drop()
