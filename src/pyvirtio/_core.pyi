@@ -55,6 +55,8 @@ class GuestMemory:
     @staticmethod
     def allocate(ranges: Sequence[tuple[int, int]]) -> GuestMemory:
         """Fresh zeroed RAM (one memfd) at each `(guest address, size)`."""
+    def remap(self, regions: Sequence[tuple[int, int, int, int]]) -> GuestMemory:
+        """Other regions in the place of these; those that are the same, fd included, are shared and not mapped anew."""
     @property
     def regions(self) -> list[tuple[int, int, int, int]]: ...
     def read(self, address: int, length: int) -> bytes: ...

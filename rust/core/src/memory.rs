@@ -26,8 +26,8 @@ pub struct Region {
 }
 
 /// Regions of guest RAM. Immutable; a clone is another reference, and the mapping lives as long as one.
-#[derive(Clone)]
-pub struct GuestMemory(Arc<Vec<Mapped>>);
+#[derive(Clone, Default)]
+pub struct GuestMemory(Arc<Vec<Arc<Mapped>>>);
 
 /// A region where it is mapped. Watched for as long, because a file may be truncated by whoever shares it.
 struct Mapped {
@@ -46,10 +46,13 @@ impl Deref for Mapped {
 impl GuestMemory {
     /// Map `(guest address, size, fd, file offset)`; the fds are duplicated.
     pub fn new(regions: &[(u64, u64, RawFd, u64)]) -> io::Result<Self> {
-        let mut mapped = regions
-            .iter()
-            .map(|&(address, size, fd, offset)| map(address, size, duplicate(fd)?.into(), offset))
-            .collect::<io::Result<Vec<_>>>()?;
+        Self::default().remap(regions)
+    }
+
+    /// Other regions in the place of these. One that stays as it is, on the fd that `regions` tells, is shared: whoever
+    /// keeps the old memory keeps no second mapping.
+    pub fn remap(&self, regions: &[(u64, u64, RawFd, u64)]) -> io::Result<Self> {
+        let mut mapped = regions.iter().map(|&region| self.share_or_map(region)).collect::<io::Result<Vec<_>>>()?;
         mapped.sort_by_key(|region| region.start_addr());
         if let Some(pair) = mapped.windows(2).find(|pair| pair[0].last_addr() >= pair[1].start_addr()) {
             let (low, high) = (pair[0].start_addr().0, pair[1].start_addr().0);
@@ -79,6 +82,14 @@ impl GuestMemory {
             offset += size;
         }
         Self::new(&regions)
+    }
+
+    fn share_or_map(&self, (address, size, fd, offset): (u64, u64, RawFd, u64)) -> io::Result<Arc<Mapped>> {
+        let is_same = |old: Region| (old.address, old.size, old.fd, old.offset) == (address, size, fd, offset);
+        match self.regions().position(is_same) {
+            Some(index) => Ok(self.0[index].clone()),
+            None => map(address, size, duplicate(fd)?.into(), offset).map(Arc::new),
+        }
     }
 
     /// Whether the two are references to the same.
@@ -112,7 +123,7 @@ impl GuestMemory {
 
     /// The guest address of memory that `pieces` gave.
     pub fn address_of(&self, host: *const u8) -> Option<u64> {
-        let inside = |region: &&Mapped| {
+        let inside = |region: &&Arc<Mapped>| {
             (host as u64).checked_sub(region.as_ptr() as u64).is_some_and(|offset| offset < region.len())
         };
         let region = self.0.iter().find(inside)?;

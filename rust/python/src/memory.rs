@@ -43,6 +43,10 @@ impl GuestMemory {
         pyvirtio_core::GuestMemory::allocate(&ranges).map(Self::from).map_err(os_error)
     }
 
+    fn remap(&self, regions: Vec<(u64, u64, RawFd, u64)>) -> PyResult<Self> {
+        self.inner.remap(&regions).map(Self::from).map_err(os_error)
+    }
+
     #[getter]
     fn regions(&self) -> Vec<(u64, u64, RawFd, u64)> {
         self.views.iter().map(|(region, _)| (region.address, region.size, region.fd, region.offset)).collect()

@@ -39,7 +39,8 @@ class Region:
 class MemoryTable:
     """The regions that a front-end has given us, and the guest memory that they make up.
 
-    A change makes a new `memory`; who uses the old one may go on with it. The fds are duplicated.
+    A change makes a new `memory`, which shares what stays as it is: chains in flight may keep many old ones. The fds
+    are duplicated.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ class MemoryTable:
 
     def _map(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
         pairs = zip(regions, fds, strict=True)
-        self.memory = _mapped("the memory", [(r.guest, r.size, fd, r.offset) for r, fd in pairs])
+        self.memory = _remapped(self.memory, "the memory", [(r.guest, r.size, fd, r.offset) for r, fd in pairs])
         self._regions = list(regions)
 
     @property
@@ -101,12 +102,12 @@ class MemoryTable:
 def map_shared(what: str, size: int, offset: int, fd: int) -> GuestMemory:
     """A file of the front-end that is not memory of its guest, from address 0; `what` is its name in messages."""
     _check_file(what, size, offset, fd)
-    return _mapped(what, [(0, size, fd, offset)])
+    return _remapped(GuestMemory([]), what, [(0, size, fd, offset)])
 
 
-def _mapped(what: str, regions: list[tuple[int, int, int, int]]) -> GuestMemory:
+def _remapped(memory: GuestMemory, what: str, regions: list[tuple[int, int, int, int]]) -> GuestMemory:
     try:
-        return GuestMemory(regions)
+        return memory.remap(regions)
     except (OSError, ValueError) as error:
         raise ProtocolError(f"{what} cannot be mapped: {error}") from error
 

@@ -66,6 +66,34 @@ fn a_closed_fd_is_refused() {
 }
 
 #[test]
+fn a_region_that_stays_is_not_mapped_again() {
+    let regions =
+        |memory: &GuestMemory| memory.regions().map(|r| (r.address, r.size, r.fd, r.offset)).collect::<Vec<_>>();
+    let hosts = |memory: &GuestMemory| memory.regions().map(|region| region.host).collect::<Vec<_>>();
+    let both = GuestMemory::allocate(&[(0, 0x1000), (0x1000, 0x1000)]).unwrap();
+    let one = both.remap(&regions(&both)[1..]).unwrap();
+    assert_eq!(hosts(&one), hosts(&both)[1..]);
+    drop(both);
+    one.write(0x1000, b"x").unwrap();
+    assert!(one.write(0, b"x").is_err());
+}
+
+#[test]
+fn a_region_that_changes_is_mapped_anew() {
+    let memory = GuestMemory::allocate(&[(0, 0x2000)]).unwrap();
+    let old = memory.regions().next().unwrap();
+    let other = GuestMemory::allocate(&[(0, 0x2000)]).unwrap();
+    let new_fd = other.regions().next().unwrap().fd;
+    for region in
+        [(0x2000, 0x2000, old.fd, 0), (0, 0x1000, old.fd, 0), (0, 0x1000, old.fd, 0x1000), (0, 0x2000, new_fd, 0)]
+    {
+        let new = memory.remap(&[region]).unwrap();
+        assert_ne!(new.regions().next().unwrap().host, old.host);
+        memory.write(0, b"old").unwrap();
+    }
+}
+
+#[test]
 fn discarded_pages_read_as_zeroes_and_their_neighbours_stay() {
     let memory = GuestMemory::allocate(&[(0, 0x4000), (0x4000, 0x4000), (1 << 32, 0x2000)]).unwrap();
     memory.write(0, &[7; 0x8000]).unwrap();
