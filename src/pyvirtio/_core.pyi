@@ -278,7 +278,10 @@ class VirtQueue:
         A handler may stop its own queue: then nothing is waited for.
         """
     def hold(self) -> None:
-        """Wait for a running handler; no chain is taken until `release`. Those that are out may be completed."""
+        """Wait for a running handler; no chain is taken until `release`. Those that are out may be completed.
+
+        A handler may hold its own queue: then nothing is waited for.
+        """
     def release(self) -> None:
         """End one `hold`. Attach or `service` afterwards: who was turned away meanwhile is not called back."""
     @property

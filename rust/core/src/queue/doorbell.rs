@@ -159,9 +159,10 @@ impl Entry {
         inside
     }
 
-    /// Wait until nobody is in; from here on nothing is served until `release`, however often it is asked for.
-    pub fn hold(&self) {
-        let _inside = self.wait_and_enter();
+    /// Wait until nobody is in; from here on nothing is served until `release`, however often it is asked for. Who `is_in`
+    /// does not wait for itself.
+    pub fn hold(&self, is_in: bool) {
+        let _inside = (!is_in).then(|| self.wait_and_enter());
         self.waiting.fetch_add(1, Ordering::SeqCst);
     }
 

@@ -49,8 +49,10 @@ impl VirtQueue {
     }
 
     /// Wait for a running handler; no chain is taken until `release`. What is out may be completed.
+    ///
+    /// Called by the handler itself it does not wait, as `stop`.
     pub fn hold(&self) {
-        self.doorbell.entry.hold();
+        self.doorbell.entry.hold(self.is_server());
         self.finish();
     }
 

@@ -71,6 +71,26 @@ fn a_reset_need_not_wait_for_what_watches_a_completion() {
     assert_eq!(driver.used(), [(0, 0)]);
 }
 
+#[test]
+fn a_handler_that_holds_its_own_queue_takes_no_more_until_the_release() {
+    let mut driver = Driver::new();
+    driver.start(|vq| {
+        let mut chain = vq.pop().unwrap();
+        vq.hold();
+        assert!(vq.pop().is_none());
+        chain.complete().unwrap();
+    });
+    driver.add(0);
+    driver.add(1);
+    let (first, second) = (driver.vq.clone(), driver.vq.clone());
+    assert!(both_end(move || first.notify(), || ()), "it waits for itself");
+    driver.vq.notify();
+    assert_eq!(driver.used(), [(0, 0)]);
+    driver.vq.release();
+    assert!(both_end(move || second.notify(), || ()), "it waits for itself");
+    assert_eq!(driver.used(), [(1, 0)]);
+}
+
 /// Keeps what it takes until `finish`, as one that asks the host does.
 struct Asking {
     kept: Mutex<Vec<Chain>>,
