@@ -211,6 +211,23 @@ def test_a_ring_that_cannot_be_one_breaks_the_device(path: Path, shift: int) -> 
         vm.start_ring(vm.requestq)
 
 
+def test_a_used_ring_at_the_end_of_the_address_space_breaks_the_device(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FrontEnd(path) as vm:
+        vm.start()
+        guest, size, user = (1 << 64) - 0x1000, 0xFFF, USER + 4 * MIB
+        ((_, fd),) = vm.regions()
+        vm.acked(Request.ADD_MEM_REG, bytes(8) + wire.REGION.pack(guest, size, user, 0), [fd])
+        at = user + size - 1
+        assert vm.tell(Request.SET_VRING_ADDR, wire.VRING_ADDR.pack(0, 0, USER, at, USER, 0)) == 1
+        vm.wait_broken()
+        vm.stop_ring(vm.requestq)
+        vm.start_ring(vm.requestq)
+    assert "4 bytes at 0xfffffffffffffffe are not guest memory" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize(("offset", "size"), [(0, 257), (256, 1), (0xFFFFFFFF, 2), (8, 0xFFFFFFFF)])
 def test_configuration_out_of_bounds(path: Path, offset: int, size: int) -> None:
     with FrontEnd(path) as vm:

@@ -1,6 +1,7 @@
 """One virtqueue as a vhost-user front-end sets it up: its vring with kick, call and err file descriptors."""
 
 import os
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -135,7 +136,8 @@ class Vring:
         """The next avail and used indexes; None for those of a fresh ring."""
         if not self._packed:
             # The protocol does not tell the used index. What is above the index was meant for a packed ring.
-            return (self.base or 0) & 0xFFFF, memory.load16(used + 2)
+            _flags, next_used = struct.unpack("<HH", memory.read(used, 4))
+            return (self.base or 0) & 0xFFFF, next_used
         if self.base is None or self.base == WRAP_COUNTER:  # DPDK leaves the upper half of a fresh ring at 0
             return None
         return self.base & 0xFFFF, self.base >> 16
