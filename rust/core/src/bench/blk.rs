@@ -94,6 +94,9 @@ impl Driver {
         if !(1..=self.max_iodepth).contains(&load.iodepth) {
             return Err(Fault(format!("iodepth {} is not from 1 to {}", load.iodepth, self.max_iodepth)));
         }
+        if self.queues.iter().any(|(_, part)| part.requests.iter().any(Option::is_some)) {
+            return Err(Fault("requests of a run that failed are in flight still".into()));
+        }
         let begin = Instant::now();
         let job = |(lane, part)| Box::new(move |abort: &AtomicBool| run(lane, part, load, abort)) as Job<'_, Outcome>;
         let jobs = self.queues.iter_mut().map(|(lane, part)| job((lane, part))).collect();

@@ -42,18 +42,12 @@ impl Queue {
 
     /// Read from a queue.
     fn run(&self, poll: bool) -> Result<u64, Fault> {
+        self.disk()?.run(&load(poll)).map(|outcome| outcome.errors)
+    }
+
+    fn disk(&self) -> Result<BlkDriver, Fault> {
         let geometry = Geometry { block_size: 512, blocks: self.blocks, max_iodepth: IODEPTH };
-        let load = Load {
-            write_percent: 50,
-            random: true,
-            iodepth: IODEPTH,
-            time: LONG,
-            requests: 2,
-            poll,
-            verify: false,
-            seed: 1,
-        };
-        BlkDriver::new(&self.ring.memory, geometry, &[self.setup()])?.run(&load).map(|outcome| outcome.errors)
+        BlkDriver::new(&self.ring.memory, geometry, &[self.setup()])
     }
 
     /// Receive from a network.
@@ -76,6 +70,10 @@ impl Queue {
         self.ring.store(USED + 2, count);
         self
     }
+}
+
+fn load(poll: bool) -> Load {
+    Load { write_percent: 50, random: true, iodepth: IODEPTH, time: LONG, requests: 2, poll, verify: false, seed: 1 }
 }
 
 #[test]
@@ -109,6 +107,16 @@ fn a_back_end_that_goes_or_breaks_ends_the_run() {
         queue.sockets.1 = None;
         assert_eq!(queue.run(poll).unwrap_err().0, "the back-end hung up");
     }
+}
+
+#[test]
+fn what_is_in_flight_after_a_fault_is_not_counted_by_the_next_run() {
+    let queue = Queue::new();
+    queue.eventfds[2].signal();
+    let mut disk = queue.disk().unwrap();
+    disk.run(&load(true)).unwrap_err();
+    queue.eventfds[2].take();
+    assert_eq!(disk.run(&load(true)).unwrap_err().0, "requests of a run that failed are in flight still");
 }
 
 #[test]
