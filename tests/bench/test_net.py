@@ -215,7 +215,7 @@ def test_the_cost_is_that_of_both_processes(serve: Serve) -> None:
 
 @pytest.mark.parametrize("direction", ["rx", "both"])
 def test_where_nothing_comes_from_nothing_can_be_measured(serve: Serve, direction: str) -> None:
-    with pytest.raises(ProtocolError, match=r"no frame came for 0\.02 s"):
+    with pytest.raises(ProtocolError, match="no frame came: a network has to send some"):
         measured(serve(NativeSink()), FrameLoad(direction=direction))
 
 

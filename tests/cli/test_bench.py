@@ -222,7 +222,7 @@ def test_a_network_that_sends_nothing_is_one_line_and_status_1(
         line = ["bench", "net", "--socket-path", str(socket_path), "--direction", "rx"]
         assert main([*line, "--seconds", "0.01"]) == 1
     error = capsys.readouterr().err
-    assert f"{socket_path}: no frame came for 0.01 s" in error
+    assert f"{socket_path}: no frame came: " in error
     assert error.count("\n") == 1
 
 

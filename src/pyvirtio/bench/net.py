@@ -44,14 +44,17 @@ class NetTarget:
         load, net, driver = self.load, self._net, self._drivers[0]
 
         def run(seconds: float) -> dict[str, Any]:
-            return net.run(frame_size=frame_size, seconds=seconds, burst=load.burst, poll=load.poll, verify=load.verify)
+            figures = net.run(
+                frame_size=frame_size, seconds=seconds, burst=load.burst, poll=load.poll, verify=load.verify
+            )
+            if load.direction != "tx" and not figures["rx_frames"]:
+                raise ProtocolError("no frame came: a network has to send some, or to return them")
+            return figures
 
         with driver.faults():
             run(WARM_UP)
             self._verdict()
             figures = costed(lambda: run(seconds), lambda: usage(self.pids))
-            if load.direction != "tx" and not figures["rx_frames"]:
-                raise ProtocolError(f"no frame came for {seconds:g} s: a network has to send some, or to return them")
             return FrameSample(frame_size=frame_size, **figures, **self._verdict())
 
     def check(self) -> None:

@@ -11,6 +11,8 @@ use super::{together, Fault, Job, QueueSetup};
 use crate::memory::GuestMemory;
 use crate::planes::net::HEADER;
 
+/// How long a run waits for its first frame when the time is over.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Frames of ours that are still under way come within so long of each other.
 const QUIET: Duration = Duration::from_millis(500);
 /// How long they are waited for, if there is no end of them.
@@ -95,7 +97,7 @@ impl Driver {
     pub fn run(&mut self, transfer: &Transfer) -> Result<Traffic, Fault> {
         self.check(transfer)?;
         let (begin, sending) = (Instant::now(), AtomicUsize::new(self.transmitters.len()));
-        let sending = &sending;
+        let (sending, came) = (&sending, &AtomicBool::new(false));
         let mut jobs: Vec<Job<'_, Traffic>> = Vec::new();
         for (lane, transmitter) in &mut self.transmitters {
             jobs.push(Box::new(move |abort| {
@@ -105,7 +107,7 @@ impl Driver {
             }));
         }
         for (lane, receiver) in &mut self.receivers {
-            jobs.push(Box::new(move |abort| receiver.run(lane, transfer, Until::Sent(sending), abort)));
+            jobs.push(Box::new(move |abort| receiver.run(lane, transfer, Until::Sent(sending, came), abort)));
         }
         let mut all = Traffic::default();
         for end in together(jobs)? {
@@ -305,8 +307,8 @@ impl Receiver {
 /// When it is enough.
 #[derive(Clone, Copy)]
 enum Until<'a> {
-    /// The time is over, and so many transmitters are not done.
-    Sent(&'a AtomicUsize),
+    /// The time is over, so many transmitters are not done, and a frame has come to any queue.
+    Sent(&'a AtomicUsize, &'a AtomicBool),
     /// So many of our frames are missing, and will not come any more if none has come for a while.
     Settled(&'a AtomicI64),
 }
@@ -340,13 +342,16 @@ impl Work for Receiving<'_> {
         let Some(frame) = frame else {
             return Err(Fault(format!("a frame came with {length} bytes in a buffer of {room}")));
         };
+        if let (Until::Sent(_, came), 0) = (self.until, self.received.frames) {
+            came.store(true, Ordering::Relaxed);
+        }
         self.received.one(frame);
         if !self.transfer.verify {
             return Ok(());
         }
         let content = self.receiver.read(slot, frame)?;
         match self.until {
-            Until::Sent(_) => self.receiver.count(&content),
+            Until::Sent(..) => self.receiver.count(&content),
             Until::Settled(missing) if self.receiver.is_ours(&content) => {
                 self.receiver.count(&content);
                 missing.fetch_sub(1, Ordering::Relaxed);
@@ -360,7 +365,11 @@ impl Work for Receiving<'_> {
 
     fn is_over(&self, _: u16, now: Duration) -> bool {
         match self.until {
-            Until::Sent(sending) => now >= self.transfer.time && sending.load(Ordering::Relaxed) == 0,
+            Until::Sent(sending, came) => {
+                // One frame at least, however late it has become, if there are any.
+                let is_enough = came.load(Ordering::Relaxed) || now >= self.transfer.time + SILENCE;
+                now >= self.transfer.time && sending.load(Ordering::Relaxed) == 0 && is_enough
+            }
             Until::Settled(missing) => {
                 missing.load(Ordering::Relaxed) <= 0 || now >= self.last + QUIET || now >= LATEST
             }
