@@ -5,9 +5,7 @@ import logging
 import os
 import signal
 import socket
-import stat
 import sys
-import termios
 import tty
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +15,7 @@ from types import FrameType
 from typing import Annotated, Any, ClassVar
 
 from pyvirtio._core import Timer
-from pyvirtio.backends.terminal import RawTerminal
+from pyvirtio.backends.terminal import RawTerminal, private, terminal_size
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import Range
 
@@ -140,8 +138,8 @@ class Stdio(Chardev):
         signal: Annotated[bool, "keys such as Ctrl-C send their signals, to end the machine"] = True,
     ) -> None:
         super().__init__(name)
-        self.input = self.own(_private(STDIN, os.O_RDONLY))
-        self.output = self.own(_private(STDOUT, os.O_WRONLY))
+        self.input = self.own(private(STDIN, os.O_RDONLY))
+        self.output = self.own(private(STDOUT, os.O_WRONLY))
         self._closing.enter_context(RawTerminal(STDIN, signals=signal))
         self._resized = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.own(self._resized)
@@ -157,7 +155,7 @@ class Stdio(Chardev):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        return _terminal_size(STDOUT)
+        return terminal_size(STDOUT)
 
 
 class File(Chardev):
@@ -232,7 +230,7 @@ class Pty(Chardev):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        return _terminal_size(self.output) if self.output is not None else None
+        return terminal_size(self.output) if self.output is not None else None
 
 
 class Socket(Chardev):
@@ -393,23 +391,3 @@ def _open(path: Path, how: int) -> int:
     except OSError as error:
         reason = "a pipe that nobody reads" if error.errno == errno.ENXIO else error.strerror
         raise ConfigError(f"{path}: {reason}") from error
-
-
-def _private(fd: int, how: int) -> int:
-    """`fd` without blocking: opened anew, because other programs share what a duplicate refers to."""
-    kind = os.fstat(fd).st_mode
-    if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
-        with suppress(OSError):
-            return os.open(f"/proc/self/fd/{fd}", how | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    duplicate = os.dup(fd)
-    if stat.S_ISSOCK(kind):
-        os.set_blocking(duplicate, False)
-    return duplicate
-
-
-def _terminal_size(fd: int) -> tuple[int, int] | None:
-    try:
-        rows, columns = termios.tcgetwinsize(fd)
-    except (OSError, termios.error):
-        return None
-    return (columns, rows) if columns and rows else None

@@ -1,6 +1,7 @@
-"""The terminal of a user, for as long as a guest has it."""
+"""The terminal of a user, for as long as a guest has it, and what else standard input and output may be."""
 
 import os
+import stat
 import termios
 from contextlib import suppress
 from typing import Self
@@ -31,3 +32,24 @@ class RawTerminal:
         if self._saved is not None:
             with suppress(termios.error):  # a terminal that was hung up needs nothing
                 termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+
+
+def private(fd: int, how: int) -> int:
+    """`fd` without blocking: opened anew, because other programs share what a duplicate refers to."""
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind):
+        with suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", how | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    duplicate = os.dup(fd)
+    if stat.S_ISSOCK(kind):
+        os.set_blocking(duplicate, False)
+    return duplicate
+
+
+def terminal_size(fd: int) -> tuple[int, int] | None:
+    """Columns and rows, if `fd` is a terminal that knows them."""
+    try:
+        rows, columns = termios.tcgetwinsize(fd)
+    except (OSError, termios.error):
+        return None
+    return (columns, rows) if columns and rows else None
