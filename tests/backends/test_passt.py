@@ -119,3 +119,16 @@ def test_a_port_that_cannot_be(programs: Path, hostfwd: str, message: str) -> No
     (programs / "passt").chmod(0o755)
     with nothing_left_behind(), pytest.raises(ConfigError, match=message):
         Passt(hostfwd=hostfwd)
+
+
+@pytest.mark.parametrize(("protocol", "kind"), [("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)])
+def test_a_port_that_somebody_has(programs: Path, protocol: str, kind: socket.SocketKind) -> None:
+    (programs / "passt").write_text("#!/bin/sh\n")
+    (programs / "passt").chmod(0o755)
+    with nothing_left_behind(), socket.socket(socket.AF_INET, kind) as somebody:
+        somebody.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            somebody.listen()
+        forward = f"{protocol}:127.0.0.1:{somebody.getsockname()[1]}-:22"
+        with pytest.raises(ConfigError, match=f"hostfwd={forward}: Address already in use"):
+            Passt(hostfwd=forward)

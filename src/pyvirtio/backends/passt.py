@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from dataclasses import dataclass
 from typing import Annotated
 
 from pyvirtio.backends.net import NetBackend
@@ -37,7 +38,10 @@ class Passt(NetBackend):
         program = shutil.which("passt")
         if program is None:
             raise ConfigError("there is no passt: install the package passt")
-        forwards = [word for forward in filter(None, hostfwd.split(",")) for word in _forward(forward)]
+        wanted = [_parsed(text) for text in filter(None, hostfwd.split(","))]
+        for forward in wanted:
+            forward.check()
+        forwards = [word for forward in wanted for word in forward.words]
         self._closing = False
         self._said = os.memfd_create("passt", os.MFD_CLOEXEC)
         ours, theirs = socket.socketpair()
@@ -83,8 +87,36 @@ class Passt(NetBackend):
         return next((line for line in reversed(lines) if line and "syslog" not in line), "")
 
 
-def _forward(text: str) -> list[str]:
-    """One of QEMU's `hostfwd` in passt's words."""
+@dataclass(frozen=True)
+class Forward:
+    """A port of the host that leads to one of the guest."""
+
+    text: str
+    """As the user gave it."""
+    protocol: str
+    address: str
+    port: int
+    to: int
+
+    @property
+    def words(self) -> list[str]:
+        """For passt."""
+        flag = "-u" if self.protocol == "udp" else "-t"
+        return [flag, (f"{self.address}/" if self.address else "") + f"{self.port}:{self.to}"]
+
+    def check(self) -> None:
+        """`ConfigError` if the port cannot be had now; passt would end, but only once the machine runs."""
+        kind = socket.SOCK_DGRAM if self.protocol == "udp" else socket.SOCK_STREAM
+        with socket.socket(socket.AF_INET, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.address, self.port))
+            except OSError as error:
+                raise ConfigError(f"hostfwd={self.text}: {error.strerror}") from None
+
+
+def _parsed(text: str) -> Forward:
+    """One of QEMU's `hostfwd`."""
     match = FORWARD.fullmatch(text)
     if match is None:
         raise ConfigError(f"hostfwd={text} is not allowed: [tcp|udp]:[ADDRESS]:PORT-:PORT, such as tcp::2222-:22")
@@ -92,4 +124,4 @@ def _forward(text: str) -> list[str]:
     for port in ports:
         if not 1 <= int(port) <= MAX_PORT:
             raise ConfigError(f"hostfwd={text}: port {port} is not allowed: 1 to {MAX_PORT}")
-    return ["-u" if protocol == "udp" else "-t", (f"{address}/" if address else "") + ":".join(ports)]
+    return Forward(text, protocol, address, *map(int, ports))
