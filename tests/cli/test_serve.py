@@ -94,6 +94,14 @@ def test_a_mistake_is_one_line_and_status_2(
     assert not (here / "s").exists()
 
 
+@pytest.mark.parametrize(("option", "status"), [("--print-qemu-args", 0), ("--device rng,socket-path=nowhere/s", 2)])
+def test_without_serving_no_file_is_made(here: Path, option: str, status: int) -> None:
+    before = sorted(here.iterdir())
+    networks = f"--netdev pair,id=n0,pcap={here / 'frames'} --chardev file,id=c0,path={here / 'log'}"
+    assert main(["serve", *f"net,netdev=n0 --socket-path s {networks} {option}".split()]) == status
+    assert sorted(here.iterdir()) == before
+
+
 def test_capabilities_are_what_qemu_expects(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "blk", "--print-capabilities"]) == 0
     assert json.loads(capsys.readouterr().out) == {"type": "block", "features": ["read-only", "blk-file"]}
