@@ -94,6 +94,14 @@ def test_a_mistake_is_one_line_and_status_2(
     assert not (here / "s").exists()
 
 
+def test_what_is_served_is_not_lent_to_the_kernel(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = "from pyvirtio.backends.net import NetBackend\nclass Lent(NetBackend):\n    vhost_fds = (0,)\n"
+    (here / "lent.py").write_text(network)
+    assert main(["serve", "net,netdev=n0", "--socket-path", "s", "--netdev", "lent.py:Lent,id=n0"]) == 2
+    told = "n0: vhost=on: the queues of a served device are its front-end's to lend"
+    assert capsys.readouterr().err == f"pyvirtio: {told}\n"
+
+
 @pytest.mark.parametrize(("option", "status"), [("--print-qemu-args", 0), ("--device rng,socket-path=nowhere/s", 2)])
 def test_without_serving_no_file_is_made(here: Path, option: str, status: int) -> None:
     before = sorted(here.iterdir())

@@ -182,6 +182,9 @@ def _serve(orders: list[Order], args: argparse.Namespace) -> int:
             netdev.open_netdevs(args.netdev, outputs, stack.callback),
             chardev.open_chardevs(args.chardev, outputs, stack.callback),
         )
+        for network in backends.netdevs.values():
+            if network.backend.vhost_fds:
+                raise ConfigError(f"{network.id}: vhost=on: the queues of a served device are its front-end's to lend")
         devices = [_device(order, backends, stack) for order in orders]
         if args.print_qemu_args or args.print_libvirt_xml:
             served = [_served(order, device) for order, device in zip(orders, devices, strict=True)]
