@@ -26,7 +26,7 @@ from pyvirtio.testing.linux import LinuxGuest
 from pyvirtio.transports.pci import VirtioPci
 from pyvirtio.vhost.kernel import VhostNet
 
-HANG_GUARD = 120
+HANG_GUARD = 600
 MIB = 1 << 20
 BLOCK = os.urandom(MIB)
 BLOCK_SHA256 = hashlib.sha256(BLOCK).hexdigest()
