@@ -106,6 +106,13 @@ def test_a_driver_that_cannot_flush_gets_durable_writes(guest: Guest) -> None:
     assert flushes_after_a_write(disk, backend)
 
 
+@pytest.mark.parametrize(("queue_size", "segments"), [(256, 126), (128, 126), (64, 62), (2, 1)])
+def test_a_request_of_the_most_segments_fits_its_ring(guest: Guest, queue_size: int, segments: int) -> None:
+    """A front-end over vhost-user makes rings of 128 although ours could be larger."""
+    disk = Disk(guest.plug(Blk(Logged(), queue_size=queue_size)))
+    assert disk.driver.config.seg_max == segments
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

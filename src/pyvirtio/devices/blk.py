@@ -172,7 +172,9 @@ class Blk(Device, id=DeviceId.BLOCK, config=BlkConfig):
     def _fill_config(self, logical: int, physical: int, min_io: int, opt_io: int) -> None:
         config: BlkConfig = self.config
         config.capacity = self.drive.capacity // SECTOR
-        config.seg_max = max(self.queue_size - 2, 1)  # the header and the status take a descriptor each
+        # The header and the status take a descriptor each. Drivers trust seg_max whatever the ring's size, which
+        # over vhost-user is the front-end's to choose: 128 by QEMU's default.
+        config.seg_max = max(min(self.queue_size, 128) - 2, 1)
         config.blk_size = logical
         config.physical_block_exp = (physical // logical).bit_length() - 1
         config.min_io_size = min_io // logical
