@@ -92,3 +92,15 @@ def test_a_step_shows_its_output_and_keeps_it(capfdbinary: pytest.CaptureFixture
     outcome = Step("hello", [sys.executable, "-c", "print('7 passed in 0.1s')"]).run()
     assert outcome.passed == 7
     assert b"7 passed in 0.1s\n" in capfdbinary.readouterr().out
+
+
+def test_a_step_that_runs_beside_others_is_shown_when_it_is_concluded(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    step = Step("beside", [sys.executable, "-c", "print('3 passed, 1 failed in 0.1s'); raise SystemExit(1)"])
+    run = step.start()
+    Step("hello", [sys.executable, "-c", "print('hello')"]).run()
+    assert b"failed" not in capfdbinary.readouterr().out
+    assert (outcome := step.conclude(run)).passed == 3
+    assert outcome.failed == 1
+    assert b"3 passed, 1 failed" in capfdbinary.readouterr().out

@@ -4,21 +4,23 @@
 that runs. With CI=true a skipped test is a failure, unless it needs a `/dev/kvm` and there is none to be had.
 """
 
+import atexit
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyvirtio.accel.host import linux_capable
 
 ROOT = Path(__file__).resolve().parent.parent
-HANG_GUARD = 1800  # seconds that no step takes
+HANG_GUARD = 3000  # seconds that no step takes
 KVM = Path("/dev/kvm")
 CI = os.environ.get("CI", "") == "true"
 COUNTS = re.compile(r"\b(\d+) (passed|failed|errors?|skipped|ignored)\b")
@@ -52,43 +54,64 @@ class Step:
     missing: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> Outcome:
+    def start(self) -> "Run | None":
+        return Run(self) if self.missing is None else None
+
+    def conclude(self, run: "Run | None") -> Outcome:
+        """Show what the run prints until it ends."""
         print(f"== {self.name}", flush=True)
         outcome = Outcome(self.name)
-        if self.missing is not None:
-            outcome.skipped, outcome.reasons = 1, [self.missing]
+        if run is None:
+            outcome.skipped, outcome.reasons = 1, [self.missing or ""]
         else:
-            start = time.monotonic()
-            status, text = stream(self.command, {**os.environ, **self.environment})
-            outcome.seconds = time.monotonic() - start
+            status, text = run.show()
+            outcome.seconds = run.seconds
             count(outcome, status, text)
         print(f"== {outcome}\n", flush=True)
         return outcome
 
+    def run(self) -> Outcome:
+        return self.conclude(self.start())
 
-def stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run a command, show its output as it comes, and return its exit status and its output."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    previous = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-    signal.alarm(HANG_GUARD)
-    kept = []
-    try:
-        while piece := os.read(process.stdout.fileno(), 65536):
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
-            kept.append(piece)
-        return process.wait(), b"".join(kept).decode(errors="replace")
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait()
-        raise
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+
+class Run:
+    """A step under way. What it prints goes to a file in memory, so that it need not be shown at once."""
+
+    def __init__(self, step: Step) -> None:
+        self.seconds = 0.0
+        self._output = os.memfd_create("output")
+        self._process = subprocess.Popen(
+            step.command, cwd=ROOT, env={**os.environ, **step.environment}, stdin=subprocess.DEVNULL,
+            stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self._kill)
+        self._end = threading.Thread(target=self._wait, daemon=True)
+        self._end.start()
+
+    def _wait(self) -> None:
+        start = time.monotonic()
+        try:
+            self._process.wait(HANG_GUARD)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self.seconds = time.monotonic() - start
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def show(self) -> tuple[int, str]:
+        """Copy to our output as it comes, until the step ends; its exit status and all of its output."""
+        shown = 0
+        while True:
+            ended = not self._end.is_alive()
+            while piece := os.pread(self._output, 65536, shown):
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+                shown += len(piece)
+            if ended:
+                return self._process.wait(), os.pread(self._output, shown, 0).decode(errors="replace")
+            self._end.join(0.1)
 
 
 def count(outcome: Outcome, status: int, text: str) -> None:
@@ -152,25 +175,43 @@ def linux_tests() -> Step:
     return Step("tier D: Linux guests", as_root(lab), None if may_be_root() else "the lab needs root or sudo -n")
 
 
-def steps(only_fast: bool) -> list[Callable[[], Step]]:
-    fast: list[Callable[[], Step]] = [
-        lambda: Step("ruff check", python("ruff", "check")),
-        lambda: Step("ruff format", python("ruff", "format", "--check")),
-        lambda: cargo("cargo fmt", "fmt", "--check", component="fmt"),
-        lambda: Step("mypy", python("mypy")),
-        lambda: Step("stubtest", python("mypy.stubtest", "pyvirtio._core")),
-        lambda: cargo("clippy", "clippy", "--locked", "--all-targets", "--", "-D", "warnings", component="clippy"),
-        lambda: Step("documentation", python("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")),
-        rust_tests,
-        lambda: Step("tier A: in process", pytest("tests", "--ignore=tests/kvm", "--ignore=tests/vm")),
-        lambda: Step("tier B: freestanding guests", pytest("tests/kvm")),
+def checks() -> list[Step]:
+    return [
+        Step("ruff check", python("ruff", "check")),
+        Step("ruff format", python("ruff", "format", "--check")),
+        cargo("cargo fmt", "fmt", "--check", component="fmt"),
+        Step("mypy", python("mypy")),
+        Step("stubtest", python("mypy.stubtest", "pyvirtio._core")),
+        cargo("clippy", "clippy", "--locked", "--all-targets", "--", "-D", "warnings", component="clippy"),
+        Step("documentation", python("sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")),
+        rust_tests(),
     ]
-    slow: list[Callable[[], Step]] = [
-        lambda: Step("loom: notification protocol", ["rust/core/loom.sh"]),
-        lambda: Step("tiers C and E: firmware, QEMU", as_root(pytest("tests/vm", "--ignore=tests/vm/linux"))),
-        linux_tests,
+
+
+def fast_tiers() -> list[Step]:
+    return [
+        Step("tier A: in process", pytest("tests", "--ignore=tests/kvm", "--ignore=tests/vm")),
+        Step("tier B: freestanding guests", pytest("tests/kvm")),
     ]
-    return fast if only_fast else fast + slow
+
+
+def slow_tiers() -> list[Step]:
+    return [
+        Step("loom: notification protocol", ["rust/core/loom.sh"]),
+        Step("tiers C and E: firmware, QEMU", as_root(pytest("tests/vm", "--ignore=tests/vm/linux"))),
+    ]
+
+
+def run_all(only_fast: bool) -> list[Outcome]:
+    """One step after another, but Linux guests, which take the longest, beside the other tiers."""
+    outcomes = [step.run() for step in checks()]
+    if only_fast:
+        return outcomes + [step.run() for step in fast_tiers()]
+    linux = linux_tests()
+    print(f"== {linux.name}: begun, shown at the end\n", flush=True)
+    beside = linux.start()
+    outcomes += [step.run() for step in (*fast_tiers(), *slow_tiers())]
+    return [*outcomes, linux.conclude(beside)]
 
 
 def excused(reason: str) -> bool:
@@ -198,7 +239,7 @@ def main(arguments: list[str]) -> int:
     only_fast = arguments == ["fast"]
     if arguments and not only_fast:
         return subprocess.run(python("pytest", *arguments), cwd=ROOT, check=False).returncode
-    return conclude([make().run() for make in steps(only_fast)])
+    return conclude(run_all(only_fast))
 
 
 if __name__ == "__main__":
