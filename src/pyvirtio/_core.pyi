@@ -161,6 +161,8 @@ class InflightRegion:
     """
 
     def __new__(cls, memory: GuestMemory, at: int, entries: int) -> Self: ...
+    def clear(self) -> None:
+        """Forget what it says, while no ring uses it. `GuestError` if it does not lie in the memory."""
     @staticmethod
     def bytes(entries: int) -> int: ...
 
@@ -270,7 +272,7 @@ class VirtQueue:
         `avail` and `used` are the driver's and the device's area; of a packed ring the event suppression structures.
         Its indexes carry the wrap counter in bit 15: a fresh one starts at 0x8000. With `in_order` chains are
         given back in the order in which they were taken.
-        With `inflight`, what it says was in flight is served first, and decides about `next_avail`; split rings only.
+        With `inflight`, what it says was in flight is served first, and decides about `next_avail`.
         """
     def stop(self) -> tuple[int, int]:
         """Wait for a running handler, forget the ring; return its next avail and used indexes as `start` takes them.

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+use crate::errors::guest_error;
 use crate::memory::GuestMemory;
 
 #[pyclass(frozen, module = "pyvirtio._core")]
@@ -14,6 +15,10 @@ impl InflightRegion {
     #[new]
     fn new(memory: &GuestMemory, at: u64, entries: u16) -> Self {
         Self { inner: pyvirtio_core::InflightRegion { memory: memory.inner.clone(), at, entries } }
+    }
+
+    fn clear(&self) -> PyResult<()> {
+        self.inner.clear().map_err(guest_error)
     }
 
     #[staticmethod]

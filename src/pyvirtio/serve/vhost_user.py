@@ -40,10 +40,13 @@ class Rings:
 
     packed: Annotated[bool, "offer packed rings; the front-end has to ask for them too"] = False
     in_order: Annotated[bool, "offer IN_ORDER: chains are given back in the order they came in"] = False
+    ring_reset: Annotated[bool, "offer RING_RESET, to front-ends that stop the ring of a queue that is reset"] = False
 
     @property
     def features(self) -> int:
-        return (Feature.RING_PACKED if self.packed else 0) | (Feature.IN_ORDER if self.in_order else 0)
+        """The bits that are offered for it."""
+        bits = {Feature.RING_PACKED: self.packed, Feature.IN_ORDER: self.in_order, Feature.RING_RESET: self.ring_reset}
+        return sum(int(bit) for bit, offered in bits.items() if offered)
 
 
 SPLIT_RINGS = Rings()

@@ -31,6 +31,8 @@ class Vring:
         self.base: int | None = None
         """Where to go on, or where it stopped, as SET_VRING_BASE has it: the next avail index. For a packed ring the
         next used index is in the upper half, each with its wrap counter. None: at the start of the ring."""
+        self._stopped_at: tuple[int, int] | None = None
+        """The next avail and used indexes when it was stopped."""
         self._packed = False
         self.addresses: tuple[int, int, int] | None = None
         """Of descriptor table, avail ring and used ring, in the front-end's process."""
@@ -118,6 +120,8 @@ class Vring:
         legacy = not features & Feature.VERSION_1
         self._packed = bool(features & Feature.RING_PACKED)
         at = self._position(table.memory, used)
+        if self.inflight and self._stopped_at not in (None, at):
+            self.inflight.clear()  # not the ring that was stopped: the driver has reset the queue
         start_ring(self.vq, table.memory, self.handler, setup, features, legacy=legacy, at=at, inflight=self.inflight)
         self.vq.set_log(self._log, self.log_used)
         try:
@@ -132,14 +136,14 @@ class Vring:
             self.vq.stop()
             raise
 
-    def _position(self, memory: GuestMemory, used: int) -> tuple[int, int] | None:
-        """The next avail and used indexes; None for those of a fresh ring."""
+    def _position(self, memory: GuestMemory, used: int) -> tuple[int, int]:
+        """The next avail and used indexes."""
         if not self._packed:
             # The protocol does not tell the used index. What is above the index was meant for a packed ring.
             _flags, next_used = struct.unpack("<HH", memory.read(used, 4))
             return (self.base or 0) & 0xFFFF, next_used
         if self.base is None or self.base == WRAP_COUNTER:  # DPDK leaves the upper half of a fresh ring at 0
-            return None
+            return WRAP_COUNTER, WRAP_COUNTER
         return self.base & 0xFFFF, self.base >> 16
 
     def stop(self, drain: Drain = lambda _: None) -> None:
@@ -149,7 +153,7 @@ class Vring:
             return
         polling.close()
         drain(self.vq)
-        avail, used = self.vq.stop()
+        self._stopped_at = avail, used = self.vq.stop()
         self.base = avail | used << 16 if self._packed else avail
 
     def close(self) -> None:

@@ -95,8 +95,8 @@ class Guest:
 
         `features` masks what is accepted, `queue_size` is the driver's choice for every ring, without `msix` it uses
         INTx, `indirect` is its way to place buffers; with `start=False` it has only found the device. The other
-        keywords are properties of virtio-pci; of these vhost-user knows `name`, `event_idx`, `indirect_desc`, `packed`
-        and `in_order`; what it returns is a `VhostUserDriver`: the same but for `pci`, `common` and `status`.
+        keywords are properties of virtio-pci; of these vhost-user knows `name`, `event_idx`, `indirect_desc`, `packed`,
+        `in_order` and `ring_reset`; it returns a `VhostUserDriver`: the same but for `pci`, `common` and `status`.
         """
         properties.setdefault("name", f"{type(device).__name__.lower()}{len(self.drivers)}")
         properties.setdefault("packed", self.packed)

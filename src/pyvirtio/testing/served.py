@@ -15,7 +15,7 @@ from pyvirtio.serve.vhost_user import Rings
 from pyvirtio.serve.wire import Request
 from pyvirtio.spec import Feature
 from pyvirtio.testing.pci import Registers
-from pyvirtio.testing.queue import DeviceNeedsReset, Interrupts, sleep_on
+from pyvirtio.testing.queue import DeviceNeedsReset, Interrupts, Queue, make_ring, sleep_on
 from pyvirtio.testing.registers import config_layout
 from pyvirtio.testing.vhost_user import Eventfd, FrontEnd
 
@@ -75,10 +75,11 @@ class VhostUserDriver(FrontEnd):
         indirect_desc: bool = True,
         packed: bool = False,
         in_order: bool = False,
+        ring_reset: bool = True,
     ) -> None:
         ours, theirs = socket.socketpair()
         self.guest, self.device = guest, device
-        rings = Rings(packed=packed, in_order=in_order)
+        rings = Rings(packed=packed, in_order=in_order, ring_reset=ring_reset)
         self.server = Server(device, name, theirs, [guest.iothread], rings=rings).start()
         super().__init__(ours, memory=guest.memory, heap=guest.heap, name=name)
         self.announcements = Announcements(self.err)
@@ -106,6 +107,19 @@ class VhostUserDriver(FrontEnd):
         for index, queue in enumerate(self.device.queues):
             started = self.set_up_queue(index, queue.name, self.queue_size or queue.size)
             started.indirect = self.indirect and bool(self.features & Feature.INDIRECT_DESC)
+
+    def reset_queue(self, index: int) -> None:
+        """Reset one queue while the others go on: its ring stops, and its buffers are the driver's again."""
+        self.acked(Request.SET_VRING_ENABLE, wire.VRING_STATE.pack(index, 0))
+        self.stop_ring(self.queues[index])
+        self.queues[index].free()
+
+    def renew_queue(self, index: int) -> Queue:
+        """Give a queue that was reset a new ring, of `queue_size` entries."""
+        queue = self.queues[index]
+        queue.ring = make_ring(self.memory, self.heap, self.queue_size or queue.ring.size, self.features)
+        self.start_ring(queue)
+        return queue
 
     def reset(self) -> None:
         """RESET_DEVICE: the driver has reset the device; the queues are gone."""

@@ -43,6 +43,16 @@ impl InflightRegion {
         (header + u64::from(entries) * entry).next_multiple_of(ALIGN)
     }
 
+    /// Forget what it says: the ring begins anew.
+    pub fn clear(&self) -> Result<(), GuestError> {
+        let words = self.words(0)?;
+        for at in 0..Self::bytes(self.entries) as usize / 8 {
+            // SAFETY: `words` checked that so many bytes are mapped there, and aligned.
+            unsafe { &*words.add(at) }.store(0, Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// Where it is mapped, if it is large enough for a ring of `size` entries.
     pub(super) fn words(&self, size: u16) -> Result<*const AtomicU64, GuestError> {
         let words: *const AtomicU64 = self.memory.host(self.at, Self::bytes(self.entries))?.cast();

@@ -68,8 +68,8 @@ pub struct RingConfig {
     /// Where to go on; in a packed ring bit 15 is the wrap counter, which is 1 at first.
     pub next_avail: u16,
     pub next_used: u16,
-    /// Where to note which requests are in flight. If there are some already they are served first, and `next_avail` is
-    /// derived from them. A packed ring has no such notes.
+    /// Where to note which requests are in flight. If there are some already they are served first, and where to go on
+    /// is derived from them.
     pub inflight: Option<InflightRegion>,
 }
 
