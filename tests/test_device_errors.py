@@ -1,20 +1,26 @@
 """What the author of a device gets to read: each message names the class, the method and the rule."""
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import BigEndianStructure, LittleEndianStructure, c_uint8, c_uint16, c_uint32
 from queue import Queue
 from typing import Annotated, Any, Literal
 
 import pytest
 
-from pyvirtio import Chain, ConfigError, Device, StaleChain, VirtQueue, queue
+from pyvirtio import Chain, ConfigError, Device, StaleChain, VirtQueue, every, poll, queue
 from pyvirtio.accel.inproc import InProcess
 from pyvirtio.backends.block import Memory
 from pyvirtio.devices.blk import Blk
 from pyvirtio.properties import Range
 from pyvirtio.testing import Guest
 from pyvirtio.testing.queue import HANG
+from pyvirtio.testing.trace import describe
+from pyvirtio.testing.vhost_user import Refused
 from pyvirtio.vmm.board import Board, allocate
+
+A_TIME = "a number of seconds above 0, or the name of the attribute that holds it"
 
 
 class Packed(LittleEndianStructure):
@@ -82,6 +88,30 @@ def test_two_devices_of_one_name() -> None:
             board.add(Idle(), "idle0")
 
 
+def test_a_method_that_waits_for_what_is_not_there() -> None:
+    class Misspelt(Idle):
+        """Has an interval, and waits for another."""
+
+        @every("intervall")
+        def tick(self) -> None: ...
+
+    rule = "set it in __init__, to None where it comes later"
+    message = f"Misspelt.tick: @every('intervall') names an attribute that is not there; {rule}"
+    assert refused(Misspelt()) == message
+
+
+def test_a_method_that_waits_for_what_is_no_time() -> None:
+    class Backwards(Idle):
+        """Waits for less than nothing."""
+
+        interval = -1
+
+        @every("interval")
+        def tick(self) -> None: ...
+
+    assert refused(Backwards()) == "Backwards.tick: @every('interval') is -1; it has to be a number of seconds above 0"
+
+
 def _bare() -> None:
     class Bare(Device, id=63):
         @queue  # type: ignore[arg-type]
@@ -92,6 +122,36 @@ def _without_a_queue() -> None:
     class Forgetful(Device, id=63):
         @queue()
         def requestq(self) -> None: ...
+
+
+def _without_a_time() -> None:
+    class Hasty(Device, id=63):
+        @every(0)
+        def tick(self) -> None: ...
+
+
+def _at_a_text() -> None:
+    class Hasty(Device, id=63):
+        @every("0.5 s")
+        def tick(self) -> None: ...
+
+
+def _every_nothing() -> None:
+    class Hasty(Device, id=63):
+        @every  # type: ignore[arg-type]
+        def tick(self) -> None: ...  # type: ignore[misc]
+
+
+def _at_no_file() -> None:
+    class Deaf(Device, id=63):
+        @poll(-1)
+        def heard(self) -> None: ...
+
+
+def _with_a_parameter() -> None:
+    class Deaf(Device, id=63):
+        @poll("socket")
+        def heard(self, vq: VirtQueue) -> None: ...
 
 
 def _with_padding() -> None:
@@ -122,6 +182,11 @@ def _too_large() -> None:
     [
         (_bare, r"Bare.requestq: write @queue\(\) with parentheses"),
         (_without_a_queue, r"Forgetful.requestq\(self\).*: this handler is called as \(self, vq\)"),
+        (_without_a_time, rf"Hasty.tick: @every\(0\): write {A_TIME}"),
+        (_at_a_text, rf"Hasty.tick: @every\('0.5 s'\): write {A_TIME}"),
+        (_every_nothing, r"Hasty.tick: write @every\(seconds\) with parentheses"),
+        (_at_no_file, r"Deaf.heard: @poll\(-1\): write a file descriptor or what has a fileno\(\), or the name of"),
+        (_with_a_parameter, r"Deaf.heard\(self, vq.*: this handler is called as \(self\)"),
         (_with_padding, "Thermometer: config=Padded: set _pack_ = 1, there is no padding in virtio"),
         (_of_the_wrong_order, "Thermometer: .* a subclass of ctypes.LittleEndianStructure"),
         (_too_large, "Thermometer: config=Huge has 4097 bytes, at most 4096 fit"),
@@ -165,6 +230,9 @@ def test_a_property_that_is_another_object() -> None:
     Blk(Memory(512), num_queues=2)
 
 
+NOT_COMPLETED = r"chains that Careless.requestq took and did not complete: 1; each needs its complete\(\)"
+
+
 class Careless(Device, id=63):
     """Does what `careless` does with the chains it takes."""
 
@@ -198,13 +266,15 @@ def test_a_handler_that_forgets_to_complete(guest: Guest) -> None:
     )
 
 
+@pytest.mark.guest(transport=("modern", "vhost-user"))
 def test_a_handler_that_never_completes(guest: Guest) -> None:
     kept: list[Chain] = []
     driver = guest.plug(Careless(kept.append))
     buffer = driver.requestq.add(b"x")
     driver.requestq.kick()
-    with pytest.raises(TimeoutError, match=r"the device has not called complete\(\) for 1 of the chains it took"):
+    with pytest.raises(TimeoutError, match=NOT_COMPLETED):
         buffer.wait(timeout=0.05)
+    assert re.search(rf"careless0.requestq: {NOT_COMPLETED}", describe(guest))
     kept.clear()
     assert "Careless.requestq dropped chain" in driver.wait_needs_reset()
 
@@ -218,8 +288,8 @@ def test_a_chain_that_is_completed_twice(guest: Guest, caplog: pytest.LogCapture
     driver.requestq.add(b"x")
     driver.requestq.kick()
     assert driver.wait_needs_reset() == (
-        "requestq: Careless.requestq raised RuntimeError: careless0: requestq: chain 0: it is completed already; "
-        "complete() gives a chain back once"
+        "requestq: Careless.requestq raised RuntimeError: careless0: requestq: chain 0 of Careless.requestq: "
+        "it is completed already; complete() gives a chain back once"
     )
 
 
@@ -233,5 +303,22 @@ def test_a_chain_that_is_touched_after_a_reset(guest: Guest) -> None:
     with pytest.raises(StaleChain) as caught:
         chain.complete()
     assert str(caught.value) == (
-        "careless0: requestq: chain 0: it was taken before the last reset of its device; nobody waits for it"
+        "careless0: requestq: chain 0 of Careless.requestq: it was taken before the last reset of its device; "
+        "nobody waits for it, let it go"
     )
+
+
+@pytest.mark.guest(transport=("modern", "vhost-user"))
+def test_a_device_that_cannot_be_activated(guest: Guest) -> None:
+    class Rusty(Idle):
+        """Has a defect."""
+
+        def activate(self, features: int) -> None:
+            raise KeyError("features")
+
+    driver = guest.plug(Rusty(), start=False)
+    with suppress(Refused):
+        driver.start()
+    driver.may_break = True
+    assert driver.why_broken is not None
+    assert re.fullmatch(r"Rusty.activate raised KeyError: 'features' \(test_device_errors.py:\d+\)", driver.why_broken)

@@ -176,15 +176,15 @@ class WrongFd(Wrong):
 class WrongTime(Wrong):
     """No time."""
 
-    @every(0)
+    @every("pace")
     def tick(self) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        (WrongFd, "WrongFd.measured: @poll('sensor') is None, which is no file descriptor"),
-        (WrongTime, "WrongTime.tick: @every(0) is 0, which is no number of seconds above 0"),
+        (WrongFd, "WrongFd.measured: @poll('sensor') is None; it has to be a file descriptor or what has a fileno()"),
+        (WrongTime, "WrongTime.tick: @every('pace') is None; it has to be a number of seconds above 0"),
     ],
 )
 def test_what_cannot_be_waited_for_breaks_the_device(guest: Guest, device: type[Wrong], message: str) -> None:

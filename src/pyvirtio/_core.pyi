@@ -236,6 +236,9 @@ class VirtQueue:
     @property
     def name(self) -> str: ...
     @property
+    def handler_name(self) -> str:
+        """What messages call who serves it, or served it last: `Class.method` of a device."""
+    @property
     def index(self) -> int: ...
     @property
     def max_size(self) -> int: ...

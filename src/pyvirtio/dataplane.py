@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 
 from pyvirtio import _core
 from pyvirtio._core import DeviceState, GuestMemory, InflightRegion, VirtQueue
-from pyvirtio.device import Device, Handler, Queue
+from pyvirtio.device import Device, Handler, Queue, check_events
 from pyvirtio.errors import ConfigError
 from pyvirtio.events import Events
 from pyvirtio.notifiers import HostNotifiers, Undo
@@ -89,6 +89,7 @@ def declared_queues(device: Device, most: int = MAX_QUEUES) -> list[Queue]:
     if len(queues) > most:
         raise ConfigError(f"{device.name}: {kind} has {len(queues)} queues, at most {most} are allowed")
     _check_config(device)
+    check_events(device)
     for q in queues:
         if not 2 <= q.size <= MAX_QUEUE_SIZE or q.size & (q.size - 1):
             allowed = f"powers of two from 2 to {MAX_QUEUE_SIZE}"
@@ -147,6 +148,13 @@ def start_ring(
         next_used=next_used,
         inflight=inflight,
     )
+
+
+def owed(vq: VirtQueue) -> str:
+    """The chains that the device has taken and not given back, and the rule about them; "" if there are none."""
+    if not (count := vq.in_flight):
+        return ""
+    return f"chains that {vq.handler_name} took and did not complete: {count}; each needs its complete()"
 
 
 def reset_device(device: Device) -> None:
@@ -281,11 +289,9 @@ class Dataplane:
         """Wait until the device holds no chain of a queue that is held; `ConfigError` if that lasts too long."""
         deadline = time.monotonic() + patience
         for vq in self.queues:
-            while count := vq.in_flight:
+            while late := owed(vq):
                 if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"{self.state.name}.{vq.name}: {count} requests still under way after {patience:g} s"
-                    )
+                    raise ConfigError(f"{self.state.name}.{vq.name}: {patience:g} s passed with {late}")
                 time.sleep(0.001)
 
     def notify(self, index: int) -> None:

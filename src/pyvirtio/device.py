@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Handler = Callable[[VirtQueue], object] | BlkPlane | NetPlane
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+DECORATORS = {"fd": "@poll", "seconds": "@every"}
+MAX_SECONDS = 1 << 32
 MAX_CONFIG = 4096
 """Bytes of configuration space that a transport has room for."""
 
@@ -73,13 +75,17 @@ def queue(size: int | str = 256, *, count: int | str = 1, native: bool = False) 
         raise TypeError(f"{size.__qualname__}: write @queue() with parentheses")
 
     def declare(method: Method) -> Method:
-        wanted, parameters = ("(self)", 1) if native else ("(self, vq)", 2)
-        if len(inspect.signature(method).parameters) != parameters:
-            raise TypeError(f"{method.__qualname__}{inspect.signature(method)}: this handler is called as {wanted}")
+        _check_call(method, "(self)" if native else "(self, vq)")
         method._queue = _Declared(size, count, native)  # type: ignore[attr-defined]
         return method
 
     return declare
+
+
+def _check_call(method: Callable[..., Any], called: str) -> None:
+    signature = inspect.signature(method)
+    if len(signature.parameters) != called.count(",") + 1:
+        raise TypeError(f"{method.__qualname__}{signature}: this handler is called as {called}")
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,7 @@ def poll(fd: str | int) -> Callable[[Method], Method]:
     `fd` names the attribute that holds it, a number or anything with a `fileno()`. The method must not block, and is
     called again while there is something to read. An exception breaks the device.
     """
-
-    def declare(method: Method) -> Method:
-        method._event = {"fd": fd}  # type: ignore[attr-defined]
-        return method
-
-    return declare
+    return _waits_for("fd", fd)
 
 
 def every(seconds: str | float) -> Callable[[Method], Method]:
@@ -112,12 +113,50 @@ def every(seconds: str | float) -> Callable[[Method], Method]:
     `seconds` may name the attribute that holds the number. A round that comes too late is left out. What `poll` says
     of the method holds.
     """
+    return _waits_for("seconds", seconds)
+
+
+def _waits_for(key: str, value: Any) -> Callable[[Method], Method]:
+    """The decorator, which refuses what can be neither such a value nor the name of an attribute."""
+    if inspect.isfunction(value):
+        raise TypeError(f"{value.__qualname__}: write {DECORATORS[key]}({key}) with parentheses")
 
     def declare(method: Method) -> Method:
-        method._event = {"seconds": seconds}  # type: ignore[attr-defined]
+        _check_call(method, "(self)")
+        if not (value.isidentifier() if isinstance(value, str) else KINDS[key][0](value)):
+            rule = f"write {KINDS[key][1]}, or the name of the attribute that holds it"
+            raise TypeError(f"{method.__qualname__}: {DECORATORS[key]}({value!r}): {rule}")
+        method._event = {key: value}  # type: ignore[attr-defined]
         return method
 
     return declare
+
+
+def _is_period(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < MAX_SECONDS
+
+
+def _is_fd(value: Any) -> bool:
+    fd = value.fileno() if hasattr(value, "fileno") else value
+    return isinstance(fd, int) and fd >= 0
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "fd": (_is_fd, "a file descriptor or what has a fileno()"),
+    "seconds": (_is_period, "a number of seconds above 0"),
+}
+"""What a method can wait for: whether a value is that, and what it is called."""
+
+
+def check_events(device: object) -> None:
+    """`ConfigError` for what cannot be waited for; an attribute that is None is left until the driver is up."""
+    for name, given in _marked(type(device), "_event").items():
+        ((key, value),) = given.items()
+        if isinstance(value, str) and not hasattr(device, value):
+            who, rule = f"{type(device).__name__}.{name}", "set it in __init__, to None where it comes later"
+            raise ConfigError(f"{who}: {DECORATORS[key]}({value!r}) names an attribute that is not there; {rule}")
+        if not isinstance(value, str) or getattr(device, value) is not None:
+            _event(device, name, given)
 
 
 def events_of(device: object) -> list[Event]:
@@ -135,15 +174,13 @@ def _event(device: object, name: str, given: dict[str, Any]) -> Event:
     ((key, value),) = given.items()
     who = f"{type(device).__name__}.{name}"
     found = getattr(device, value, None) if isinstance(value, str) else value
+    is_one, what = KINDS[key]
+    if found is None or not is_one(found):
+        raise ConfigError(f"{who}: {DECORATORS[key]}({value!r}) is {found!r}; it has to be {what}")
+    method = getattr(device, name)
     if key == "seconds":
-        if not isinstance(found, (int, float)) or found <= 0:
-            raise ConfigError(f"{who}: @every({value!r}) is {found!r}, which is no number of seconds above 0")
-        return Event(who, getattr(device, name), seconds=found)
-    fileno = getattr(found, "fileno", None)
-    fd = fileno() if fileno else found
-    if not isinstance(fd, int) or fd < 0:
-        raise ConfigError(f"{who}: @poll({value!r}) is {found!r}, which is no file descriptor")
-    return Event(who, getattr(device, name), fd=fd)
+        return Event(who, method, seconds=found)
+    return Event(who, method, fd=found if isinstance(found, int) else found.fileno())
 
 
 class Device:

@@ -4,6 +4,12 @@ An `OSError` is the host's fault and is passed on unchanged; anything else that 
 ours or of a user's device: it is logged with its traceback and the device asks for a reset.
 """
 
+import os
+import traceback
+from pathlib import Path
+
+OURS = str(Path(__file__).parent) + os.sep
+
 
 class ConfigError(Exception):
     """The user asked for something that cannot be built: one line on the terminal, exit status 2."""
@@ -19,3 +25,19 @@ class ProtocolError(Exception):
 
 class StaleChain(Exception):
     """A chain was touched after the reset of its device: the work it was for no longer exists."""
+
+
+def raised(error: BaseException) -> str:
+    """What an exception of a user's code is, in one line: `Thermometer.__init__ raised KeyError: 'x' (mine.py:7)`.
+
+    Named is what we called, and the line that it had come to in that file.
+    """
+    said = f"{type(error).__name__}: {error}"
+    trace = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [(code, line) for code, line in trace if not code.co_filename.startswith((OURS, "<frozen"))]
+    if not theirs:
+        return said
+    called = theirs[0][0]
+    line = next(line for code, line in reversed(theirs) if code.co_filename == called.co_filename)
+    who = called.co_qualname.rpartition("<locals>.")[2]
+    return f"{'' if who == '<module>' else f'{who} raised '}{said} ({Path(called.co_filename).name}:{line})"

@@ -102,7 +102,7 @@ REFUSED = {
     "driver=tape.py:Tape": "drive0: capacity is required: a size such as 512 or 64k",
     "driver=tape.py:Tape,capacity=much": "drive0: capacity=much is not allowed",
     "driver=tape.py:Tape,capacity=100": "drive0: Tape.capacity is 100; it has to be a multiple of 512 bytes",
-    "driver=tape.py:Broken": "drive0: Broken: RuntimeError: no tape",
+    "driver=tape.py:Broken": "drive0: Broken.__init__ raised RuntimeError: no tape (tape.py:",
     "driver=tape.py:Sizeless": "drive0: Sizeless.capacity is None; it has to be a multiple of 512 bytes, at least one",
     "driver=tape.py:Deaf": "drive0: Deaf defines neither pread(length, offset) nor preadv(buffers, offset)",
     "driver=memory,capacity=1M,colour=red": "drive0: unknown property 'colour'",

@@ -62,7 +62,7 @@ def test_a_network_of_the_users_own(closing: ExitStack, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(HUB)
     backend = opened(closing, f"{tmp_path}/mine.py:Hub,id=n0,ports=8")["n0"].backend
     assert (str(backend), vars(backend)["ports"]) == ("hub", 8)
-    with pytest.raises(ConfigError, match="n1: Hub: RuntimeError: too large"):
+    with pytest.raises(ConfigError, match=r"n1: Hub.__init__ raised RuntimeError: too large \(mine.py:8\)"):
         opened(closing, f"{tmp_path}/mine.py:Hub,id=n1,ports=9")
 
 

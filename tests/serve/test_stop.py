@@ -56,7 +56,7 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
     """Waits for a line in the log; a stop says at once what it waits for."""
     monkeypatch.setattr(backend, "PATIENCE", 0.0)
     caplog.set_level(logging.WARNING, "pyvirtio")
-    return lambda line: wait_for(lambda: line in caplog.messages)
+    return lambda line: wait_for(lambda: f"served: requestq: {line}" in caplog.messages)
 
 
 Said = Callable[[str], None]
@@ -76,7 +76,7 @@ def test_a_stop_waits_for_a_slow_device_and_says_for_what(serve: Serve, said: Sa
     with FrontEnd(serve(slow)) as vm:
         vm.start()
         stop_with(vm, slow, 3)
-        said("served: requestq: its stop waits for 3 requests")
+        said("its stop waits for chains that Slow.requestq took and did not complete: 3; each needs its complete()")
         slow.kept.pop(0).complete()
         vm.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -93,9 +93,9 @@ def test_a_front_end_that_goes_ends_the_wait(serve: Serve, said: Said) -> None:
     with FrontEnd(path) as vm:
         vm.start()
         stop_with(vm, slow, 1)
-        said("served: requestq: its stop waits for 1 requests")
+        said("its stop waits for chains that Slow.requestq took and did not complete: 1; each needs its complete()")
         late = slow.kept[0]
-    said("served: requestq: stopped with 1 requests in flight")
+    said("stopped with chains that Slow.requestq took and did not complete: 1; each needs its complete()")
     with FrontEnd(path) as vm:
         vm.start()
         with pytest.raises(StaleChain):
@@ -110,8 +110,8 @@ def test_a_server_that_closes_ends_the_wait(tmp_path: Path, said: Said) -> None:
     with serve_in_process(slow, tmp_path / "s"):
         vm = FrontEnd(tmp_path / "s").start()
         stop_with(vm, slow, 1)
-        said("served: requestq: its stop waits for 1 requests")
-    said("served: requestq: stopped with 1 requests in flight")
+        said("its stop waits for chains that Slow.requestq took and did not complete: 1; each needs its complete()")
+    said("stopped with chains that Slow.requestq took and did not complete: 1; each needs its complete()")
     vm.close()
 
 
@@ -147,7 +147,7 @@ def test_a_device_that_breaks_is_not_waited_for(serve: Serve, said: Said) -> Non
     with FrontEnd(serve(slow)) as vm:
         vm.start(["requestq", "otherq"])
         stop_with(vm, slow, 1)
-        said("served: requestq: its stop waits for 1 requests")
+        said("its stop waits for chains that Slow.requestq took and did not complete: 1; each needs its complete()")
         vm.otherq.add(b"boom")
         vm.otherq.kick()
         assert wire.VRING_STATE.unpack(vm.reply()) == (0, 1)
@@ -163,4 +163,4 @@ def test_what_is_lost_on_purpose_is_not_waited_for_long(serve: Serve, said: Said
         vm.requestq.kick()
         wait_for(lambda: lost.hits)
         assert vm.stop_ring(vm.requestq) == 1
-        said("served: requestq: stopped with 1 requests in flight")
+        said("stopped with chains that Rng.requestq took and did not complete: 1; each needs its complete()")

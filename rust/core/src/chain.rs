@@ -112,7 +112,7 @@ pub enum ChainError {
 impl std::fmt::Display for ChainError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Stale => "it was taken before the last reset of its device; nobody waits for it",
+            Self::Stale => "it was taken before the last reset of its device; nobody waits for it, let it go",
             Self::Completed => "it is completed already; complete() gives a chain back once",
         })
     }

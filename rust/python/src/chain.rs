@@ -22,7 +22,8 @@ impl Chain {
     /// A refusal that says which chain of which queue it is about.
     fn refused(&self, error: ChainError) -> PyErr {
         let (vq, head) = (self.inner.vq(), self.inner.head());
-        let message = format!("{}: {}: chain {head}: {error}", vq.state().name(), vq.name());
+        let (device, queue, who) = (vq.state().name(), vq.name(), vq.handler_name());
+        let message = format!("{device}: {queue}: chain {head} of {who}: {error}");
         match error {
             ChainError::Stale => StaleChain::new_err(message),
             ChainError::Completed => PyRuntimeError::new_err(message),

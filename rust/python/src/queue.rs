@@ -71,6 +71,11 @@ impl VirtQueue {
     }
 
     #[getter]
+    fn handler_name(&self) -> String {
+        self.inner.handler_name()
+    }
+
+    #[getter]
     fn index(&self) -> u16 {
         self.inner.index()
     }

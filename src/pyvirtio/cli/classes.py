@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pyvirtio.errors import ConfigError
+from pyvirtio.errors import ConfigError, raised
 from pyvirtio.properties import unknown
 
 if TYPE_CHECKING:
@@ -99,7 +99,18 @@ def _load(source: str) -> ModuleType:
     except (OSError, ImportError) as error:
         raise ConfigError(f"{source}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever a user's file raises while it is executed
-        raise ConfigError(f"{source}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{source}: {raised(error)}") from error
+
+
+def make(cls: type[Any], arguments: Mapping[str, object], who: str) -> Any:
+    """An instance of a class that may be a user's. `ConfigError`, in one line, for whatever its `__init__` raises."""
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{who}: {error}") from error
+    except Exception as error:
+        said = raised(error)
+        raise ConfigError(f"{who}: {said if cls.__name__ in said else f'{cls.__name__}: {said}'}") from error
 
 
 def _load_file(path: Path) -> ModuleType:

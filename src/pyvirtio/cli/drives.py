@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pyvirtio.backends.block import BlockBackend, File
 from pyvirtio.backends.formats import foreign_format
-from pyvirtio.cli.classes import Catalogue
+from pyvirtio.cli.classes import Catalogue, make
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.errors import ConfigError
 from pyvirtio.properties import bind, canonical, properties_of, unknown
@@ -117,12 +117,7 @@ def _switch(options: dict[str, str], key: str, default: str, name: str) -> bool:
 def _open_backend(driver: str, options: dict[str, str], name: str) -> BlockBackend:
     cls = CATALOGUE.find(driver)
     arguments = _arguments(cls, options, name)
-    try:
-        backend: BlockBackend = cls(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    except Exception as error:  # of a user's class
-        raise ConfigError(f"{name}: {cls.__name__}: {type(error).__name__}: {error}") from error
+    backend: BlockBackend = make(cls, arguments, name)
     _check(backend, name)
     return backend
 

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except ConfigError as error:
+        if sys.flags.dev_mode and error.__cause__:  # python -X dev, or PYTHONDEVMODE=1
+            traceback.print_exception(error.__cause__)
         print("pyvirtio:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

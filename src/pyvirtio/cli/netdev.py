@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pyvirtio.backends.net import NetBackend, Pair
-from pyvirtio.cli.classes import Catalogue
+from pyvirtio.cli.classes import Catalogue, make
 from pyvirtio.cli.options import parse, print_properties, print_table, take, take_id, wants_help
 from pyvirtio.cli.outputs import Outputs
 from pyvirtio.errors import ConfigError
@@ -75,14 +75,12 @@ def _open(options: dict[str, str], netdevs: dict[str, Netdev], outputs: Outputs,
     name = take_id(options, netdevs, f"--netdev {kind}")
     pairs = {netdev.id: netdev.backend for netdev in netdevs.values() if isinstance(netdev.backend, Pair)}
     own, capture = bind_each((cls, Capture), options, name, {Pair: pairs})
+    backend = make(cls, own, name)
+    on_close(backend.close)
     try:
-        backend = cls(**own)
-        on_close(backend.close)
         _capture(backend, Capture(**capture), outputs, on_close)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except Exception as error:  # of a user's class
-        raise ConfigError(f"{name}: {cls.__name__}: {type(error).__name__}: {error}") from error
     return Netdev(name, backend)
 
 

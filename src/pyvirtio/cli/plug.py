@@ -11,7 +11,7 @@ from typing import Any
 from pyvirtio.backends.block import BlockBackend
 from pyvirtio.backends.chardev import Chardev
 from pyvirtio.backends.net import NetBackend
-from pyvirtio.cli import chardev, faults, netdev
+from pyvirtio.cli import chardev, classes, faults, netdev
 from pyvirtio.cli.devices import GIVEN, device_class, print_device, print_devices
 from pyvirtio.cli.drives import Drive, open_drives
 from pyvirtio.cli.drives import show_help as show_drive_help
@@ -114,10 +114,8 @@ def make(cls: type[Device], properties: dict[str, object], name: str, backends: 
             if each.used_by:
                 raise ConfigError(f"{name}: {each.option}={each.id} is in use by {each.used_by}")
             each.used_by = name
-    try:
-        return cls(**properties)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+    device: Device = classes.make(cls, properties, name)
+    return device
 
 
 def next_name(cls: type[Device], taken: Container[str]) -> str:

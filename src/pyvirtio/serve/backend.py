@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pyvirtio._core import CallFd, DeviceState, DirtyLog, GuestMemory, VirtQueue
-from pyvirtio.dataplane import IoThread, deal_out, declared_queues, reset_device
+from pyvirtio.dataplane import IoThread, deal_out, declared_queues, owed, reset_device
 from pyvirtio.device import Device, Handler
 from pyvirtio.errors import GuestError, ProtocolError
 from pyvirtio.events import Events
@@ -108,15 +108,15 @@ class Backend:
         vring.stop(self._drain)
 
     def _drain(self, vq: VirtQueue) -> None:
-        told, late = False, time.monotonic() + PATIENCE
-        while (held := vq.in_flight) and not self.state.broken and not self._gone(LOOK):
-            if not told and time.monotonic() > late:
+        told, patient_until = False, time.monotonic() + PATIENCE
+        while (late := owed(vq)) and not self.state.broken and not self._gone(LOOK):
+            if not told and time.monotonic() > patient_until:
                 told = True
-                log.warning("%s: %s: its stop waits for %d requests", self.device.name, vq.name, held)
+                log.warning("%s: %s: its stop waits for %s", self.device.name, vq.name, late)
             if told and self.device.active_faults:
                 break  # one may be lost on purpose
-        if held:
-            log.warning("%s: %s: stopped with %d requests in flight", self.device.name, vq.name, held)
+        if late:
+            log.warning("%s: %s: stopped with %s", self.device.name, vq.name, late)
 
     def memory_changed(self) -> None:
         for vring in self.vrings:

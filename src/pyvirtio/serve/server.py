@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from pyvirtio.dataplane import IoThread, declared_queues
+from pyvirtio.dataplane import IoThread, declared_queues, owed
 from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.serve.backend import MAX_VRINGS
@@ -95,6 +95,11 @@ class Server:
         """Why the device serves its front-end no more, if it does not."""
         session = self._session
         return session.backend.state.broken if session else None
+
+    def owed(self, index: int) -> str:
+        """What the device owes its front-end of a queue, in words; "" for nothing."""
+        session = self._session
+        return owed(session.backend.vrings[index].vq) if session else ""
 
     def close(self) -> None:
         """Hang up and stop. The device stays open."""

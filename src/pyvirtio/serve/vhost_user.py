@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pyvirtio.dataplane import IoThread
 from pyvirtio.device import Device
-from pyvirtio.errors import GuestError, ProtocolError
+from pyvirtio.errors import ConfigError, GuestError, ProtocolError, raised
 from pyvirtio.serve import wire
 from pyvirtio.serve.backend import Backend
 from pyvirtio.serve.requests import REQUESTS, Refused, handles
@@ -139,7 +139,7 @@ class Session(Sharing):
             raise
         except Exception as error:  # a defect of a user's device, or ours
             log.exception("%s: %s failed", self.device.name, message)
-            self.backend.state.fail(f"{error}" or type(error).__name__)
+            self.backend.state.fail(str(error) if isinstance(error, ConfigError) else raised(error))
         else:
             return reply or self._acknowledgement(message, 0)
         return self._acknowledgement(message, 1)

@@ -6,6 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyvirtio._core import GuestMemory
+from pyvirtio.dataplane import owed
+from pyvirtio.errors import ConfigError
 from pyvirtio.spec import NO_VECTOR, Feature, Status
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.pci import MSIX, Msix, Pci, Window
@@ -59,6 +61,8 @@ class VirtioDriver:
         layout = config_layout(self.function.device)
         if self.transport == "modern":
             return Modern(self.pci, layout)
+        if 0 not in self.pci.bars:
+            raise ConfigError(f"{self.name}: no legacy interface: device type {self.function.device.id} has none")
         return Legacy(self.pci, layout, msix=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -77,8 +81,8 @@ class VirtioDriver:
         window, offset = self.notifiers[index]
         window.write(offset, size, index)
 
-    def held(self, index: int) -> int:
-        return self.function.dataplane.queues[index].in_flight
+    def owed(self, index: int) -> str:
+        return owed(self.function.dataplane.queues[index])
 
     @property
     def common(self) -> Any:

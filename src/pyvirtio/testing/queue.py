@@ -54,8 +54,8 @@ class Driver(Protocol):
     def notify(self, index: int, size: int) -> None: ...
     def take_interrupts(self, only: Interrupts | None = None) -> bool: ...
     def check(self) -> None: ...
-    def held(self, index: int) -> int:
-        """Chains of a queue that the device has taken and not completed, as far as the driver can know."""
+    def owed(self, index: int) -> str:
+        """What the device has taken of a queue and not completed, in words, as far as the driver can know."""
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -267,11 +267,11 @@ class Queue:
                 fds = self.source.fds() + self.driver.config_source.fds()
                 sleep_on(fds, min(LOOK, deadline - time.monotonic()))  # what is waited for need not interrupt
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}{self._held()}")
+                raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}{self._owed()}")
 
-    def _held(self) -> str:
-        held = self.driver.held(self.index)
-        return f"; the device has not called complete() for {held} of the chains it took" if held else ""
+    def _owed(self) -> str:
+        owed = self.driver.owed(self.index)
+        return f"; {owed}" if owed else ""
 
     def collect(self) -> None:
         """Take every buffer that the device has used, and ask for an interrupt for the next."""

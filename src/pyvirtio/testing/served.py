@@ -150,6 +150,9 @@ class VhostUserDriver(FrontEnd):
         """The reason that the device logged when it broke."""
         return self.server.broken
 
+    def owed(self, index: int) -> str:
+        return self.server.owed(index)
+
     def wait_needs_reset(self) -> str:
         """Sleep until the err fd tells that the device is broken; return the reason."""
         self.may_break = True

@@ -70,6 +70,8 @@ def _rings(name: str, queues: list[Queue], why_broken: str | None) -> Iterator[s
     for queue in queues:
         state = " ".join(f"{field} {value}" for field, value in queue.ring.state().items())
         yield f"{name}.{queue.name}: {state}, pending heads {sorted(queue.pending)}"
+        if owed := queue.driver.owed(queue.index):
+            yield f"{name}.{queue.name}: {owed}"
 
 
 def _line(drivers: list[VirtioDriver], event: Event) -> str:

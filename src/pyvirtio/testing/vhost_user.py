@@ -244,8 +244,8 @@ class FrontEnd(Connection):
     def notify(self, index: int, size: int) -> None:
         os.eventfd_write(self.kicks[index], 1)
 
-    def held(self, index: int) -> int:
-        return 0  # the protocol does not tell
+    def owed(self, index: int) -> str:
+        return ""  # the protocol does not tell
 
     def take_interrupts(self, only: Interrupts | None = None) -> bool:
         taken = [queue for queue in self.queues if only in (None, queue.source) and queue.source.take()]

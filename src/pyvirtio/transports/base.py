@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pyvirtio._core import GuestMemory, IrqLine, MsixVector
 from pyvirtio.dataplane import Dataplane, QueueSetup
-from pyvirtio.errors import ConfigError, GuestError
+from pyvirtio.errors import ConfigError, GuestError, raised
 from pyvirtio.spec import Feature, Status
 
 Undo = Callable[[], object]
@@ -318,4 +318,4 @@ class DriverState:
     def _fail(self, error: Exception) -> None:
         state = self.dataplane.state
         state.driver_ok = Status.DRIVER_OK in self._status
-        state.fail(f"{error}" or type(error).__name__)
+        state.fail(str(error) if isinstance(error, (GuestError, ConfigError)) else raised(error))

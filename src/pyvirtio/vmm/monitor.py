@@ -136,13 +136,13 @@ class Monitor:
         return format_table(rows)
 
     def info_queues(self) -> str:
-        rows: list[Sequence[str]] = [("queue", "size", *COUNTERS, "kicks arrive by")]
+        rows: list[Sequence[str]] = [("queue", "size", *COUNTERS, "in flight", "kicks arrive by")]
         for device in self.machine.devices:
             for vq in device.dataplane.queues:
                 counters = vq.counters
                 numbers = (str(counters[name]) for name in COUNTERS)
                 mode = device.dataplane.notifiers.mode(vq.index)
-                rows.append((f"{device.name}.{vq.name}", str(vq.size or "-"), *numbers, mode))
+                rows.append((f"{device.name}.{vq.name}", str(vq.size or "-"), *numbers, str(vq.in_flight), mode))
         return format_table(rows)
 
     def info_network(self) -> str:

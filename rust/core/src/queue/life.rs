@@ -22,6 +22,7 @@ impl VirtQueue {
         if active.is_some() {
             return Err(named(GuestError("the queue is started already".into())));
         }
+        self.set_handler_name(handler.name());
         *active = Some(Active::new(ring, config.in_order, handler, tap.clone().map(Tapped::new)));
         Ok(())
     }
@@ -80,6 +81,7 @@ impl VirtQueue {
 
     /// Serve by another handler from the next pass on; what the old one has taken is its to complete.
     pub fn set_handler(&self, handler: Arc<dyn Handler>) {
+        self.set_handler_name(handler.name());
         let old = self.active().as_mut().map(|active| std::mem::replace(&mut active.handler, handler));
         if let (Some(old), false) = (old, self.is_server()) {
             old.finish();

@@ -94,6 +94,8 @@ pub struct VirtQueue {
     /// Whether there is a tap, for those who have no lock.
     has_tap: AtomicBool,
     watch: OnceLock<Watch>,
+    /// What the last handler is called: a chain may outlive it, and has to say whose it was.
+    handler_name: Mutex<String>,
     pub counters: Counters,
 }
 
@@ -113,6 +115,7 @@ impl VirtQueue {
             tap: Mutex::new(None),
             has_tap: AtomicBool::new(false),
             watch: OnceLock::new(),
+            handler_name: Mutex::new(String::from("the handler")),
             counters: Counters::default(),
         })
     }
@@ -123,6 +126,15 @@ impl VirtQueue {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What messages call who serves it, or served it last.
+    pub fn handler_name(&self) -> String {
+        self.handler_name.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_handler_name(&self, name: &str) {
+        *self.handler_name.lock().unwrap_or_else(PoisonError::into_inner) = name.to_owned();
     }
 
     pub fn index(&self) -> u16 {
@@ -241,9 +253,7 @@ impl VirtQueue {
     }
 
     pub(crate) fn dropped(&self, head: u16) {
-        let handler = self.active().as_ref().map(|active| active.handler.clone());
-        let who = handler.as_ref().map_or("the handler", |handler| handler.name());
-        let name = &self.name;
+        let (name, who) = (&self.name, self.handler_name());
         self.state.fail(&format!("{name}: {who} dropped chain {head} without complete(); each has to be completed"));
     }
 
