@@ -209,7 +209,11 @@ def _why(path: Path, error: OSError, readonly: bool, cache: str) -> str:
         return f"{path}: a directory, not a disk image"
     if cache == "none" and error.errno == errno.EINVAL:
         return f"{path}: cache=none is not possible on its file system"
-    hint = "" if readonly or not isinstance(error, PermissionError) else " for writing (readonly=on may do)"
+    hint = (
+        ""
+        if readonly or not isinstance(error, PermissionError)
+        else " for writing (readonly=on may do, or --read-only with --blk-file)"
+    )
     return f"{path}: {error.strerror}{hint}"
 
 

@@ -115,7 +115,8 @@ def _half(args: argparse.Namespace) -> ModuleType:
         for option, default in half.DEFAULTS.items():
             given = getattr(args, option) is not None
             if given and name != device:
-                raise ConfigError(f"bench: --{option.replace('_', '-')} is not for {device}")
+                option = option.replace("_", "-")
+                raise ConfigError(f"bench: --{option} is an option of `bench {name}`, not of `bench {device}`")
             if not given:
                 setattr(args, option, default)
     return DEVICES[device]

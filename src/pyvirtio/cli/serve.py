@@ -76,8 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chardev", action="append", default=[], metavar="NAME,id=ID[,OPTIONS]", help=chardev.HELP)
     parser.add_argument("--lint", action="store_true", help="report what drivers do against the specification")
     parser.add_argument("--print-capabilities", action="store_true", help="say as JSON what DEVICE is, and end")
-    parser.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
-    parser.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument("--print-qemu-args", action="store_true", help="print what QEMU needs, and end")
+    printed.add_argument("--print-libvirt-xml", action="store_true", help="print what a libvirt domain needs, and end")
 
 
 def _count(text: str) -> int:
@@ -143,8 +144,10 @@ def _orders(args: argparse.Namespace) -> list[Order]:
         options = parse(args.what, implied="driver")
         if args.num_queues is not None:
             options["num-queues"] = args.num_queues
+            _check_takes(options["driver"], "num-queues", "--num-queues")
         if args.blk_file is not None:
             options.setdefault("drive", BLK_FILE)
+            _check_takes(options["driver"], "drive", "--blk-file")
         if args.socket_path:
             options.setdefault("socket-path", str(args.socket_path))
         _add(orders, options, args.fd, passed=passed)
@@ -153,6 +156,11 @@ def _orders(args: argparse.Namespace) -> list[Order]:
     if passed:
         raise ConfigError(f"systemd passes {len(passed)} sockets more than there are devices without one")
     return list(orders.values())
+
+
+def _check_takes(driver: str, name: str, option: str) -> None:
+    if name not in {p.name for p in properties_of(device_class(driver, NAMES))}:
+        raise ConfigError(f"serve: {option} is for a device with the property {name!r}, which {driver} has not")
 
 
 def _passed_by_systemd() -> list[int]:
