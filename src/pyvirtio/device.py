@@ -306,9 +306,10 @@ class Device:
         """The driver reset the device, or it was unplugged: no queue is served any more."""
 
     def save(self) -> dict[str, Any]:
-        """What `restore` needs in another process: numbers, text, bytes, and lists and dicts of them.
+        """What `restore` needs in another process: numbers, text, bytes, None, lists of them, and dicts by text.
 
-        Features, rings and interrupts are the transport's business. No queue is served meanwhile.
+        Override it as `{**super().save(), "mine": ...}`: the configuration is in it already; features, rings and
+        interrupts are the transport's business. No queue is served meanwhile.
         """
         return {"config": self.config_bytes()}
 
@@ -319,6 +320,19 @@ class Device:
 
     def close(self) -> None:
         """Release what the device holds of the host; called once, after the last `reset`."""
+
+
+STORABLE = "numbers, text, bytes, None, lists of them, and dicts of them by text"
+
+
+def is_storable(value: object) -> bool:
+    """Whether a snapshot can hold what `save` returned."""
+    if isinstance(value, dict):
+        texts = all(isinstance(key, str) and is_storable(each) for key, each in value.items())
+        return texts and value.keys() != {"hex"}  # that is how bytes are written
+    if isinstance(value, (list, tuple)):
+        return all(map(is_storable, value))
+    return value is None or isinstance(value, (int, float, str, bytes, bytearray))
 
 
 def _check_layout(device: str, layout: type[LittleEndianStructure]) -> None:

@@ -5,7 +5,6 @@ import struct
 import threading
 
 import pytest
-from restored import restored, saved
 
 from pyvirtio.devices.balloon import PAGE, PIECE, Balloon, BalloonConfig, Stat, runs
 from pyvirtio.spec import Status
@@ -183,7 +182,7 @@ def test_a_balloon_goes_on_elsewhere(guest: Guest) -> None:
     balloon.target = 77
     driver.config.actual = 70
     other = Balloon()
-    restored(driver, other, saved(driver))
+    driver.restore(other, driver.save())
     assert (other.target, other.actual) == (77, 70)
     inflate(driver, touched(guest, 3))
     assert Status.NEEDS_RESET not in driver.status

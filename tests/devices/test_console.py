@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from restored import restored, saved
 
 from pyvirtio.backends.chardev import Chardev, Null, Pty, Socket
 from pyvirtio.devices.console import Console, ConsoleFeature, Control
@@ -371,7 +370,7 @@ def test_a_console_goes_on_elsewhere(guest: Guest) -> None:
     ports.driver.receiveq1.kick()
     until(lambda: first.ports[1].inbox == b" before")
     wire = Wire("a")
-    restored(ports.driver, Console(ports=[wire]), saved(ports.driver))
+    ports.driver.restore(Console(ports=[wire]), ports.driver.save())
     buffer = ports.driver.receiveq1.add(writable=16)
     ports.driver.receiveq1.kick()
     assert buffer.wait() == b" before"

@@ -3,7 +3,6 @@
 import struct
 
 import pytest
-from restored import restored, saved
 from wire import Wire
 
 from pyvirtio.devices.net import Net
@@ -28,7 +27,7 @@ def go_on(nic: Nic) -> Wire:
     driver = nic.driver
     old = driver.function.device
     wire = Wire(old.pairs)
-    restored(driver, Net(wire, mac="52:54:00:00:00:99"), saved(driver))  # type: ignore[arg-type]
+    driver.restore(Net(wire, mac="52:54:00:00:00:99"), driver.save())
     return wire
 
 

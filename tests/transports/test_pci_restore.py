@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from notified import Transitional
 from pci_echo import Echo as Configurable
-from restored import restored, saved
 
 from pyvirtio import Chain, Device, VirtQueue, queue
 from pyvirtio.errors import ConfigError
@@ -72,8 +71,8 @@ def echoing(guest: Guest, request: pytest.FixtureRequest) -> VirtioDriver:
 
 def test_the_rings_go_on_where_they_were(echoing: VirtioDriver) -> None:
     ioeventfd = echoing.function.ioeventfd
-    function = restored(echoing, Transitional(), saved(echoing))
-    assert function.ioeventfd is ioeventfd
+    echoing.restore(Transitional(), echoing.save())
+    assert echoing.function.ioeventfd is ioeventfd
     echo(echoing, rounds=7)
 
 
@@ -81,9 +80,9 @@ def test_what_was_made_available_before_is_served_after(echoing: VirtioDriver) -
     echoing.function.dataplane.notifiers.hold()
     buffers = [echoing.echoq.add(b"%d" % each, 16) for each in range(3)]
     echoing.echoq.kick()
-    function = restored(echoing, Transitional(), saved(echoing))
+    echoing.restore(Transitional(), echoing.save())
     assert [buffer.wait() for buffer in buffers] == [b"0", b"1", b"2"]
-    assert function.dataplane.queues[0].counters["interrupts"] == 1
+    assert echoing.function.dataplane.queues[0].counters["interrupts"] == 1
 
 
 def test_what_was_served_with_its_interrupt_on_the_way_is_told_again(echoing: VirtioDriver) -> None:
@@ -91,7 +90,7 @@ def test_what_was_served_with_its_interrupt_on_the_way_is_told_again(echoing: Vi
     buffer = echoing.echoq.add(b"seen?", 16)
     echoing.echoq.kick()
     until(lambda: served(echoing, 36))
-    restored(echoing, Transitional(), saved(echoing))
+    echoing.restore(Transitional(), echoing.save())
     assert buffer.wait() == b"seen?"
 
 
@@ -102,8 +101,8 @@ def test_a_masked_vector_stays_pending(guest: Guest) -> None:
     buffer = driver.echoq.add(b"later", 16)
     driver.echoq.kick()
     until(lambda: served(driver, 1))
-    function = restored(driver, Transitional(), saved(driver))
-    assert function.interrupts.save()["msix"]["pending"] == [1]
+    driver.restore(Transitional(), driver.save())
+    assert driver.function.interrupts.save()["msix"]["pending"] == [1]
     assert driver.echoq.interrupts == 0
     driver.msix.mask(1, False)
     assert buffer.wait() == b"later"
@@ -115,7 +114,7 @@ def test_a_function_mask_is_restored_too(guest: Guest) -> None:
     driver.msix.control = Msix.ENABLE | Msix.FUNCTION_MASK
     buffer = driver.echoq.add(b"later", 16)
     driver.echoq.kick()
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert driver.echoq.interrupts == 0
     driver.msix.control = Msix.ENABLE
     assert buffer.wait() == b"later"
@@ -127,7 +126,7 @@ def test_the_line_rises_again_and_the_isr_says_why(guest: Guest) -> None:
     driver.echoq.kick()
     line = guest.accel.lines[driver.pci.slot]
     until(lambda: line.level)
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert line.level
     assert driver.registers.read_isr() == 1
     assert not line.level
@@ -136,7 +135,7 @@ def test_the_line_rises_again_and_the_isr_says_why(guest: Guest) -> None:
 def test_a_line_that_was_low_stays_low(guest: Guest) -> None:
     driver = guest.plug(Transitional(), msix=False)
     echo(driver)
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert not guest.accel.lines[driver.pci.slot].level
     echo(driver)
 
@@ -144,16 +143,16 @@ def test_a_line_that_was_low_stays_low(guest: Guest) -> None:
 def test_the_notifiers_are_up_at_the_same_addresses(guest: Guest) -> None:
     driver = guest.plug(Transitional())
     before = guest.accel.ioeventfds
-    function = restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert guest.accel.ioeventfds == before
-    assert function.dataplane.notifiers.mode(0) == ("ioeventfd" if guest.ioeventfd else "sync")
+    assert driver.function.dataplane.notifiers.mode(0) == ("ioeventfd" if guest.ioeventfd else "sync")
 
 
 def test_configuration_and_its_generation(guest: Guest) -> None:
     driver = guest.plug(Configurable())
     driver.config.value = 77
     generation = driver.common.config_generation
-    restored(driver, Configurable(), saved(driver))
+    driver.restore(Configurable(), driver.save())
     assert (driver.config.value, driver.common.config_generation) == (77, generation)
 
 
@@ -161,7 +160,7 @@ def test_a_driver_half_way_through_its_set_up_goes_on(guest: Guest) -> None:
     driver = guest.plug(Transitional(), start=False)
     driver.negotiate()
     driver.set_up()
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert Status.DRIVER_OK not in driver.status
     driver.status |= Status.DRIVER_OK
     echo(driver)
@@ -172,7 +171,7 @@ def test_a_device_without_bus_mastering_starts_with_it(guest: Guest) -> None:
     echo(driver, rounds=2)
     command = driver.pci.command
     driver.pci.command = command & ~BUS_MASTER
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     driver.pci.command = command
     echo(driver, rounds=2)
 
@@ -181,7 +180,7 @@ def test_a_broken_device_is_broken_until_it_is_reset(guest: Guest) -> None:
     driver = guest.plug(Transitional())
     driver.may_break = True
     driver.function.dataplane.state.fail("a test said so")
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     assert Status.NEEDS_RESET in driver.status
     assert driver.why_broken == "a test said so"
     driver.start()
@@ -195,7 +194,7 @@ def test_a_legacy_ring_before_driver_ok(guest: Guest) -> None:
     driver.set_up()
     driver.echoq.polling = True
     echo(driver)
-    restored(driver, Transitional(), saved(driver))
+    driver.restore(Transitional(), driver.save())
     echo(driver)
     driver.status |= Status.DRIVER_OK
     echo(driver)
@@ -212,7 +211,7 @@ def test_chains_under_way_are_waited_for(guest: Guest) -> None:
     with pytest.raises(ConfigError, match=rf"^keeper0\.keepq: {left} complete\(\)$"):
         driver.function.dataplane.drain(0.01)
     device.answer()
-    restored(driver, Keeper(), saved(driver))
+    driver.restore(Keeper(), driver.save())
     assert buffer.wait() == b"kept"
 
 
@@ -226,9 +225,9 @@ def test_chains_under_way_are_waited_for(guest: Guest) -> None:
 )
 def test_another_property_is_one_line(guest: Guest, properties: dict[str, int], message: str) -> None:
     driver = guest.plug(Transitional())
-    state = saved(driver)
+    state = driver.save()
     with pytest.raises(ConfigError, match=message) as refused:
-        restored(driver, Transitional(), state, **properties)
+        driver.restore(Transitional(), state, **properties)
     assert "\n" not in str(refused.value)
 
 

@@ -29,6 +29,7 @@ from code16 import (
     text,
 )
 
+from pyvirtio import Device, VirtQueue, queue
 from pyvirtio.backends.block import Memory
 from pyvirtio.cli.main import main
 from pyvirtio.devices.blk import Blk
@@ -138,6 +139,35 @@ def test_the_guest_goes_on_where_it_was(image: Path, taken: Path) -> None:
             vm.memory.store16(GO, 1)
             wait_until(lambda: not vm._running)
         assert vm.memory.load16(STARTS) == 1
+
+
+class Memo(Device, id=63):
+    """Has a state of its own."""
+
+    def __init__(self, memo: str = "") -> None:
+        self.memo = memo
+
+    @queue(size=8)
+    def requestq(self, vq: VirtQueue) -> None: ...
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "memo": self.memo}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.memo = state["memo"]
+
+
+def test_a_device_of_the_users_own_has_its_state_back(image: Path, tmp_path: Path) -> None:
+    path, memo = tmp_path / "guest.snapshot", Memo()
+    with machine(image) as vm:
+        vm.add(Memo("kept"), "memo0")
+        with counting(vm):
+            vm.snapshot(path)
+    with machine(image) as vm:
+        vm.add(memo, "memo0")
+        vm.restore(path)
+        assert memo.memo == "kept"
 
 
 def test_several_cpus(image: Path, tmp_path: Path) -> None:

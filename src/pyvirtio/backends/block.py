@@ -209,11 +209,8 @@ def _why(path: Path, error: OSError, readonly: bool, cache: str) -> str:
         return f"{path}: a directory, not a disk image"
     if cache == "none" and error.errno == errno.EINVAL:
         return f"{path}: cache=none is not possible on its file system"
-    hint = (
-        ""
-        if readonly or not isinstance(error, PermissionError)
-        else " for writing (readonly=on may do, or --read-only with --blk-file)"
-    )
+    for_writing = not readonly and isinstance(error, PermissionError)
+    hint = " for writing (readonly=on may do, or --read-only with --blk-file)" if for_writing else ""
     return f"{path}: {error.strerror}{hint}"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pyvirtio._core import GuestMemory
 from pyvirtio.dataplane import owed
+from pyvirtio.device import Device
 from pyvirtio.errors import ConfigError
 from pyvirtio.spec import NO_VECTOR, Feature, Status
 from pyvirtio.testing.heap import Heap
@@ -25,6 +26,7 @@ from pyvirtio.testing.queue import (
 )
 from pyvirtio.testing.registers import Legacy, Modern, config_layout
 from pyvirtio.transports.pci import VirtioPci
+from pyvirtio.vmm.snapshot import decode, encode
 
 if TYPE_CHECKING:
     from pyvirtio.testing.machine import Guest
@@ -193,6 +195,32 @@ class VirtioDriver:
             self.queues.pop().free()
         self.notifiers.clear()
         self.may_break = False
+
+    def save(self) -> dict[str, Any]:
+        """The state of the device, as a snapshot of the machine has it; from here on it is held, for `restore`."""
+        dataplane = self.function.dataplane
+        dataplane.notifiers.hold()
+        dataplane.drain()
+        return decode(encode(self.function.save()))
+
+    def restore(self, device: Device, state: dict[str, Any], **properties: Any) -> None:
+        """Put another device in the place of this one, with its state; the driver goes on and notices nothing.
+
+        That is what happens to a device when its machine goes on from a snapshot. `properties` are those of `plug`.
+        """
+        old = self.function
+        self.guest.bus.remove(old)
+        old.close()
+        offered = {"packed": Feature.RING_PACKED, "in_order": Feature.IN_ORDER}
+        properties = {name: bool(old.driver.offered & bit) for name, bit in offered.items()} | properties
+        properties.setdefault("ioeventfd", not old.ioeventfd)  # the state has the last word
+        self.function = VirtioPci(
+            device, self.guest.accel, name=old.name, iothread=self.guest.iothread, slot=old.slot, **properties
+        )
+        self.guest.bus.add(self.function)
+        self.function.dataplane.notifiers.hold()
+        self.function.restore(state)
+        self.function.dataplane.notifiers.unhold()
 
     def unplug(self) -> None:
         """What is left to `Guest.unplug`: take the function from the bus and close it."""

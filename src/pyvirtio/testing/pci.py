@@ -47,12 +47,12 @@ class Registers:
 
     def __getattr__(self, name: str) -> int:
         offset, size = _field(self.layout, name)
-        return sum(self.read(offset + at, min(size, 4)) << 8 * at for at in range(0, size, 4))
+        return sum(self.read(offset + at, min(size - at, 4)) << 8 * at for at in range(0, size, 4))
 
     def __setattr__(self, name: str, value: int) -> None:
         offset, size = _field(self.layout, name)
         for at in range(0, size, 4):
-            part = min(size, 4)
+            part = min(size - at, 4)
             self.write(offset + at, part, value >> 8 * at & (1 << 8 * part) - 1)
 
     def read(self, offset: int, size: int) -> int:

@@ -27,6 +27,7 @@ COMMON: Layout = {
     "queue_desc": (32, 8),
     "queue_driver": (40, 8),
     "queue_device": (48, 8),
+    "queue_notif_config_data": (56, 2),
     "queue_reset": (58, 2),
 }
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pyvirtio._core import VirtQueue
 from pyvirtio.dataplane import Dataplane, IoThread
-from pyvirtio.device import Device
-from pyvirtio.errors import ConfigError
+from pyvirtio.device import STORABLE, Device, is_storable
+from pyvirtio.errors import ConfigError, raised
 from pyvirtio.properties import Range
 from pyvirtio.spec import DeviceId, Feature
 from pyvirtio.transports import msix, pci_legacy
@@ -177,7 +177,7 @@ class VirtioPci(PciFunction):
         return {
             **super().save(),
             "ioeventfd": self.ioeventfd,
-            "device": self.device.save(),
+            "device": self._save_device(),
             "generation": self.device.config_generation,
             "interrupts": self.interrupts.save(),
             "driver": self.driver.save(),
@@ -188,12 +188,33 @@ class VirtioPci(PciFunction):
         with self.lock:
             super().restore(state)
             self.ioeventfd = state["ioeventfd"]
-            self.device.restore(state["device"])
+            self._restore_device(state["device"])
             self.device.config_generation = state["generation"]
             self.interrupts.restore(state["interrupts"], self._msix_control_word)
             self.driver.restore(state["driver"])
             self._follow_command()
             self.interrupts.send_again()
+
+    def _save_device(self) -> dict[str, Any]:
+        who = f"{self.name}: {type(self.device).__name__}.save()"
+        try:
+            state = self.device.save()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{who}: {raised(error)}") from error
+        if not isinstance(state, dict) or not is_storable(state):
+            raise ConfigError(f"{who} returns {state!r}; a snapshot holds {STORABLE}")
+        return state
+
+    def _restore_device(self, state: dict[str, Any]) -> None:
+        try:
+            self.device.restore(state)
+        except ConfigError:
+            raise
+        except Exception as error:
+            who = f"{self.name}: {type(self.device).__name__}.restore()"
+            raise ConfigError(f"{who} cannot do with what save() returned: {raised(error)}") from error
 
     @property
     def _msix_control_word(self) -> int:
