@@ -51,25 +51,12 @@ def echo(q: Queue, data: bytes = b"hello") -> bytes:
     return buffer.wait()
 
 
-class Attack:
-    """A hostile driver of an `Echo`, next to another device that must not notice.
+class Placing:
+    """Puts descriptors into a ring as they are, `packed` or split; with `in_table` into an indirect table."""
 
-    With `in_table` the chains are placed in an indirect table, and with `packed` in a packed ring, so that each
-    malformed chain is tried in all places where it can stand.
-    """
-
-    def __init__(
-        self, guest: Guest, *, event_idx: bool, in_table: bool = False, packed: bool = False, features: int = ~0
-    ) -> None:
-        self.guest, self.in_table, self.packed = guest, in_table, packed
-        self.bystander = guest.plug(Echo(), name="bystander")
-        self.driver: VirtioDriver = guest.plug(
-            Echo(), name="victim", event_idx=event_idx, packed=packed, features=features
-        )
-        self.queue: Queue = self.driver.echoq
-        self.queue.polling = True
-        self.ring = self.queue.ring
-        self.buffer = guest.heap.allocate(4096)
+    def __init__(self, queue: Queue, *, in_table: bool, packed: bool) -> None:
+        self.queue, self.ring = queue, queue.ring
+        self.in_table, self.packed = in_table, packed
 
     def place(self, *descs: Desc) -> None:
         """Put descriptors into the table as they are, and offer the first; a packed ring links what stands in a row."""
@@ -96,6 +83,26 @@ class Attack:
         else:
             self.ring.write_desc(0, desc)
             self.ring.offer(0)
+
+
+class Attack(Placing):
+    """A hostile driver of an `Echo`, next to another device that must not notice.
+
+    With `in_table` the chains are placed in an indirect table, and with `packed` in a packed ring, so that each
+    malformed chain is tried in all places where it can stand.
+    """
+
+    def __init__(
+        self, guest: Guest, *, event_idx: bool, in_table: bool = False, packed: bool = False, features: int = ~0
+    ) -> None:
+        self.guest = guest
+        self.bystander = guest.plug(Echo(), name="bystander")
+        self.driver: VirtioDriver = guest.plug(
+            Echo(), name="victim", event_idx=event_idx, packed=packed, features=features
+        )
+        super().__init__(self.driver.echoq, in_table=in_table, packed=packed)
+        self.queue.polling = True
+        self.buffer = guest.heap.allocate(4096)
 
     def breaks(self, reason: str, *, writable: Sequence[Range] = ()) -> None:
         """Send what was placed: the device must ask for a reset because of it, and recover."""
