@@ -73,6 +73,6 @@ def counters(nic: Nic) -> dict[str, int]:
 
 
 def device_of(driver: Driver) -> Net:
-    assert isinstance(driver, VirtioDriver)
-    assert isinstance(driver.function.device, Net)
-    return driver.function.device
+    device = driver.function.device if isinstance(driver, VirtioDriver) else vars(driver)["device"]
+    assert isinstance(device, Net)
+    return device

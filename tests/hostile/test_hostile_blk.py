@@ -45,13 +45,13 @@ class Ram(BlockBackend):
 class Victim:
     """A disk with a hostile driver, and what its image was before."""
 
-    def __init__(self, guest: Guest, path: Path, *, native: bool, indirect: bool) -> None:
+    def __init__(self, guest: Guest, path: Path, *, native: bool, indirect: bool, packed: bool) -> None:
         self.guest, self.path = guest, path
         self.before = os.urandom(SECTORS * SECTOR)
         path.write_bytes(self.before)
         self.drive = File(path) if native else Ram(self.before)
         self.bystander = guest.plug(Echo(), name="bystander")
-        self.disk = Disk(guest.plug(Blk(self.drive), name="victim", indirect=indirect))
+        self.disk = Disk(guest.plug(Blk(self.drive), name="victim", indirect=indirect, packed=packed))
 
     @property
     def content(self) -> bytes:
@@ -66,12 +66,13 @@ def layout(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["native", "python"])
 def victim(request: pytest.FixtureRequest, guest: Guest, tmp_path: Path, layout: str) -> Iterator[Victim]:
     """Served natively and by a Python backend; whatever was done to it, it and the other device serve, and its
-    image is what it was."""
+    image is what it was. Both kinds of ring are there with both layouts and in both modes."""
     attacked = Victim(
         guest,
         tmp_path / "disk.img",
         native=request.param == "native",
         indirect=layout == "indirect",
+        packed=(layout == "indirect") is not guest.ioeventfd,
     )
     yield attacked
     if attacked.disk.driver.may_break:
