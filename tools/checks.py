@@ -22,6 +22,8 @@ from pyvirtio.accel.host import linux_capable
 ROOT = Path(__file__).resolve().parent.parent
 HANG_GUARD = 3000  # seconds that no step takes
 KVM = Path("/dev/kvm")
+# The hundreds of programs that the tests start need not compile all of ours anew.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 CI = os.environ.get("CI", "") == "true"
 COUNTS = re.compile(r"\b(\d+) (passed|failed|errors?|skipped|ignored)\b")
 SUMMARY = re.compile(r"^=* ?\d+ \w+.* in [\d.]+s|^test result:|^ *Summary \[|^no tests ran", re.MULTILINE)
@@ -52,7 +54,6 @@ class Step:
     name: str
     command: Sequence[str] = ()
     missing: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> "Run | None":
         return Run(self) if self.missing is None else None
@@ -81,7 +82,7 @@ class Run:
         self.seconds = 0.0
         self._output = os.memfd_create("output")
         self._process = subprocess.Popen(
-            step.command, cwd=ROOT, env={**os.environ, **step.environment}, stdin=subprocess.DEVNULL,
+            step.command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
             stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         atexit.register(self._kill)

@@ -162,8 +162,10 @@ def nothing_left_behind(unless: Callable[[], bool] = lambda: False) -> Iterator[
     yield
     if unless():
         return
-    if _held() != before:
-        gc.collect()  # what is left may hang in a cycle
+    for generation in range(3):  # what is left may hang in a cycle, most likely a young one
+        if _held() == before:
+            break
+        gc.collect(generation)
     deadline = time.monotonic() + HANG
     while more := {what: count for what, count in _held().items() if count > before[what]}:
         assert time.monotonic() < deadline, f"held before: {before}, and now: {more}"
