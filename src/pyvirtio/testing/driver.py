@@ -231,9 +231,12 @@ class VirtioDriver:
 
     def take_interrupts(self, only: Interrupts | None = None) -> bool:
         """Handle the interrupts that have arrived, or those of one source; return whether there were any."""
-        sources = [self.config_source, *[queue.source for queue in self.queues]] if only is None else [only]
-        taken = [source for source in dict.fromkeys(sources) if source.take()]
-        for queue in self.queues:
+        if only is None:
+            sources = list(dict.fromkeys([self.config_source, *[queue.source for queue in self.queues]]))
+        else:
+            sources = [only]
+        taken = [source for source in sources if source.take()]
+        for queue in self.queues if taken else ():
             if queue.source in taken:
                 queue.collect()
         return bool(taken)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 
 class Heap:
     """Hands out ranges of `[start, end)` in powers of two, aligned to their size but at most to `align`."""
 
     def __init__(self, start: int, end: int, align: int = 4096) -> None:
         self._next, self._end, self._align = start, end, align
-        self._free: dict[int, list[int]] = {}
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes, at least 16; what they contain is anything."""
         room = _room(size)
-        if free := self._free.get(room):
+        if free := self._free[room]:
             return free.pop()
         align = min(room, self._align)
         address = -(-self._next // align) * align
@@ -23,7 +25,7 @@ class Heap:
         return address
 
     def free(self, address: int, size: int) -> None:
-        self._free.setdefault(_room(size), []).append(address)
+        self._free[_room(size)].append(address)
 
 
 def _room(size: int) -> int:

@@ -10,15 +10,18 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 from pyvirtio._core import GuestMemory
 from pyvirtio.spec import WRAP_COUNTER
 from pyvirtio.testing.heap import Heap
-from pyvirtio.testing.ring import NEXT, Desc, Word
+from pyvirtio.testing.ring import NEXT, Desc, Entry, Word
 
 AVAIL, USED = 1 << 7, 1 << 15
 ENABLE, DISABLE, AT_DESC = 0, 1, 2
 """Flags of an event suppression structure."""
+DESC = struct.Struct("<QIHH")
+"""Address, length, buffer id, flags."""
 DESC_SIZE = 16
 FLAGS_AT = 14
 EVENTS = 64
@@ -118,29 +121,31 @@ class PackedRing:
     def write_desc(self, index: int, desc: Desc) -> None:
         """The descriptor as it is given, `next` being the buffer id; its flags last."""
         address = self.desc + DESC_SIZE * index
-        self.memory.write(address, struct.pack("<QIH", desc.address, desc.length, desc.next))
+        self.memory.write(address, DESC.pack(desc.address, desc.length, desc.next, 0)[:FLAGS_AT])
         self.write_flags(index, desc.flags)
 
     @staticmethod
-    def table(descs: Sequence[Desc]) -> bytes:
+    def table(descs: Sequence[Entry]) -> bytes:
         """An indirect table, with the descriptors as they are given."""
-        return b"".join(struct.pack("<QIHH", desc.address, desc.length, desc.next, desc.flags) for desc in descs)
+        return b"".join([DESC.pack(address, length, id_, flags) for address, length, flags, id_ in descs])
 
     @staticmethod
-    def linked(descs: Sequence[Desc]) -> list[Desc]:
+    def linked(descs: Sequence[Entry]) -> list[Desc]:
         """The descriptors of a chain as they are to stand in an indirect table: one after the other is enough."""
-        return list(descs)
+        return list(starmap(Desc, descs))
 
     def write_flags(self, index: int, flags: int) -> None:
         self.memory.store16(self.desc + DESC_SIZE * index + FLAGS_AT, flags & 0xFFFF)
 
-    def read_desc(self, index: int) -> Desc:
-        address = self.desc + DESC_SIZE * index
-        flags = self.memory.load16(address + FLAGS_AT)
-        at, length, id_ = struct.unpack("<QIH", self.memory.read(address, FLAGS_AT))
-        return Desc(at, length, flags, id_)
+    def read_flags(self, index: int) -> int:
+        return self.memory.load16(self.desc + DESC_SIZE * index + FLAGS_AT)
 
-    def add(self, descs: Sequence[Desc]) -> int:
+    def read_desc(self, index: int) -> Desc:
+        flags = self.read_flags(index)
+        address, length, id_, _ = DESC.unpack(self.memory.read(self.desc + DESC_SIZE * index, DESC_SIZE))
+        return Desc(address, length, flags, id_)
+
+    def add(self, descs: Sequence[Entry]) -> int:
         """Write a chain, not yet published; return its buffer id."""
         if len(descs) > self._room:
             raise BufferError(f"{len(descs)} descriptors wanted, {self._room} free")
@@ -148,16 +153,18 @@ class PackedRing:
         self.offer(descs, id_)
         return id_
 
-    def offer(self, descs: Sequence[Desc], id_: int) -> None:
+    def offer(self, descs: Sequence[Entry], id_: int) -> None:
         """The next descriptors with this id, linked, whatever they are; not yet published."""
-        first = self.next_avail
-        for n, desc in enumerate(descs):
-            link = NEXT if n < len(descs) - 1 else 0
-            flags = desc.flags | link | self.next_avail.available
-            self.write_desc(self.next_avail.index, desc._replace(flags=flags if n else 0, next=id_))
+        index, available, last = self.next_avail.index, self.next_avail.available, len(descs) - 1
+        for n, (address, length, flags, _) in enumerate(descs):
+            flags |= available | (NEXT if n < last else 0)
             if n == 0:
-                self.withheld.append((first.index, flags))
-            self.next_avail = self.next_avail.after(1, self.size)
+                self.withheld.append((index, flags))
+            self.memory.write(self.desc + DESC_SIZE * index, DESC.pack(address, length, id_, flags if n else 0))
+            index += 1
+            if index == self.size:
+                index, available = 0, available ^ (AVAIL | USED)
+        self.next_avail = self.next_avail.after(len(descs), self.size)
         self._room -= len(descs)
         self._chains[id_] = len(descs)
 
@@ -180,20 +187,29 @@ class PackedRing:
 
     @property
     def has_used(self) -> bool:
-        """Whether the device gave something back that `pop_used` has not returned."""
-        place = self.next_used
-        return bool(self._found) or self.read_desc(place.index).flags & (AVAIL | USED) == place.used
+        """Whether the device gave something back that was not taken yet."""
+        return bool(self._found) or self._next_is_used()
+
+    def take_used(self) -> list[tuple[int, int | None]]:
+        """(buffer id, length) of all that the device gave back; None for the length of all that is writable."""
+        while self._next_is_used():
+            self._take_next()
+        found = list(self._found)
+        self._found.clear()
+        return found
 
     def pop_used(self) -> tuple[int, int | None] | None:
-        """The next (buffer id, length) that the device gave back; None for the length of all that is writable."""
-        if not self.has_used:
-            return None
-        if not self._found:
-            self._take_used(self.read_desc(self.next_used.index))
-        return self._found.popleft()
+        """The next that the device gave back."""
+        if not self._found and self._next_is_used():
+            self._take_next()
+        return self._found.popleft() if self._found else None
 
-    def _take_used(self, used: Desc) -> None:
+    def _next_is_used(self) -> bool:
+        return self.read_flags(self.next_used.index) & (AVAIL | USED) == self.next_used.used
+
+    def _take_next(self) -> None:
         """One used descriptor; with IN_ORDER it stands for the chains before its own too, which were used whole."""
+        used = self.read_desc(self.next_used.index)
         if self.in_order and used.next in self._chains:
             for id_ in list(self._chains):
                 if id_ == used.next:

@@ -13,11 +13,13 @@ from pyvirtio.accel.inproc import InProcess
 from pyvirtio.spec import Feature
 from pyvirtio.testing.heap import Heap
 from pyvirtio.testing.packed import PackedRing
-from pyvirtio.testing.ring import INDIRECT, WRITE, Desc, SplitRing
+from pyvirtio.testing.ring import INDIRECT, WRITE, Entry, SplitRing
 
 HANG = 10.0
 """Seconds after which a wait counts as a hang; nothing that works takes a hundredth of it."""
 
+SOON = 0.001
+"""Seconds that a queue's interrupt has to come before its driver looks elsewhere for the reason."""
 LOOK = 0.02
 """Seconds between two looks at something that comes without an interrupt."""
 
@@ -138,20 +140,29 @@ def _drain(fd: int) -> int:
 
 
 class Buffer:
-    """A request on its way: `readable` and `writable` are its ranges of guest memory, in the order of the chain."""
+    """A request on its way: its descriptors as they stand in the chain, and the table if it has one of its own."""
 
-    def __init__(self, queue: Queue, readable: list[Range], writable: list[Range], table: Range | None) -> None:
-        self.queue = queue
-        self.readable, self.writable, self.table = readable, writable, table
-        self.head = -1
-        self.used_len: int | None = None
-        self.data = b""
-        """What the device wrote, `used_len` bytes at most; the guest memory is free again once it is here."""
-        self.room = b""
-        """The whole device-writable part as the device left it, also what it did not count."""
+    used_len: int | None = None
+    data = b""
+    """What the device wrote, `used_len` bytes at most; the guest memory is free again once it is here."""
+    room = b""
+    """The whole device-writable part as the device left it, also what it did not count."""
+
+    def __init__(self, queue: Queue, descs: list[Entry], table: Range | None, head: int) -> None:
+        self.queue, self.descs, self.table, self.head = queue, descs, table, head
 
     def __str__(self) -> str:
         return f"buffer {self.head} is used"
+
+    @property
+    def readable(self) -> list[Range]:
+        """The ranges of guest memory that the device reads, in the order of the chain."""
+        return [(address, length) for address, length, flags, _ in self.descs if not flags & WRITE]
+
+    @property
+    def writable(self) -> list[Range]:
+        """Those that it writes."""
+        return [(address, length) for address, length, flags, _ in self.descs if flags & WRITE]
 
     @property
     def done(self) -> bool:
@@ -168,20 +179,18 @@ class Buffer:
 
     def finish(self, used_len: int | None) -> None:
         """None stands for all of the room: what IN_ORDER skips was used whole."""
-        self.room = b"".join(self.queue.memory.read(*range_) for range_ in self.writable)
+        read = self.queue.memory.read
+        self.room = b"".join([read(address, length) for address, length, flags, _ in self.descs if flags & WRITE])
         self.used_len = len(self.room) if used_len is None else used_len
         self.data = self.room[: self.used_len]
         self.free()
 
     def free(self) -> None:
         """Give the guest memory of the request back."""
-        free = self.queue.heap.free
-        for address, length in self.readable:
-            free(address, length)
-        for address, length in self.writable:
-            free(address, length)
+        for address, length, _, _ in self.descs:
+            self.queue.heap.free(address, length)
         if self.table:
-            free(*self.table)
+            self.queue.heap.free(*self.table)
 
 
 class Queue:
@@ -212,19 +221,21 @@ class Queue:
         indirect: bool | None = None,
     ) -> Buffer:
         """Prepare a request: device-readable bytes, then room for the device; a list makes one descriptor of each."""
-        parts = [readable] if isinstance(readable, (bytes, bytearray)) else readable
-        sizes = [writable] if isinstance(writable, int) else writable
-        out = [self._place(part) for part in parts if part]
-        room = [(self.heap.allocate(size), size) for size in sizes if size]
-        descs = [Desc(address, length) for address, length in out]
-        descs += [Desc(address, length, WRITE) for address, length in room]
-        table = None
+        parts = (readable,) if isinstance(readable, (bytes, bytearray)) else readable
+        sizes = (writable,) if isinstance(writable, int) else writable
+        descs: list[Entry] = []
+        for part in parts:
+            if part:
+                descs.append((*self._place(part), 0, 0))
+        for size in sizes:
+            if size:
+                descs.append((self.heap.allocate(size), size, WRITE, 0))
         if self.indirect if indirect is None else indirect:
             table = self.place_table(self.ring.linked(descs))
-            descs = [Desc(*table, INDIRECT)]
-        buffer = Buffer(self, out, room, table)
-        buffer.head = self.ring.add(descs)
-        self.pending[buffer.head] = buffer
+            head = self.ring.add([(*table, INDIRECT, 0)])
+        else:
+            table, head = None, self.ring.add(descs)
+        buffer = self.pending[head] = Buffer(self, descs, table, head)
         return buffer
 
     def _place(self, data: bytes) -> Range:
@@ -232,7 +243,7 @@ class Queue:
         self.memory.write(address, data)
         return address, len(data)
 
-    def place_table(self, descs: Sequence[Desc]) -> Range:
+    def place_table(self, descs: Sequence[Entry]) -> Range:
         """Put an indirect table somewhere, as it is given."""
         return self._place(self.ring.table(descs))
 
@@ -262,12 +273,16 @@ class Queue:
             if self.polling:
                 self.collect()
                 time.sleep(0.0002)
-            elif not self.driver.take_interrupts(self.source) and not self.driver.take_interrupts():
-                self.driver.check()
-                fds = self.source.fds() + self.driver.config_source.fds()
-                sleep_on(fds, min(LOOK, deadline - time.monotonic()))  # what is waited for need not interrupt
+            elif not self.driver.take_interrupts(self.source) and not sleep_on(self.source.fds(), SOON):
+                self._look_around(min(LOOK, deadline - time.monotonic()))
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.driver.name}.{self.name}: {timeout} s passed before {what}{self._owed()}")
+
+    def _look_around(self, seconds: float) -> None:
+        """What is waited for need not interrupt: take what came from elsewhere, or ask the device and sleep."""
+        if not self.driver.take_interrupts():
+            self.driver.check()
+            sleep_on(self.source.fds() + self.driver.config_source.fds(), seconds)
 
     def _owed(self) -> str:
         owed = self.driver.owed(self.index)
@@ -276,12 +291,11 @@ class Queue:
     def collect(self) -> None:
         """Take every buffer that the device has used, and ask for an interrupt for the next."""
         while True:
-            while (used := self.ring.pop_used()) is not None:
-                head, length = used
-                if head in self.pending:
-                    self.pending.pop(head).finish(length)
+            for head, length in self.ring.take_used():
+                if buffer := self.pending.pop(head, None):
+                    buffer.finish(length)
                 else:
-                    self.strays.append(used)
+                    self.strays.append((head, length))
             self.ring.expect_interrupt()
             if not self.ring.has_used:
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import starmap
 from typing import NamedTuple, Protocol, overload
 
 from pyvirtio._core import GuestMemory
@@ -16,6 +17,8 @@ from pyvirtio.testing.heap import Heap
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1
 
+Entry = tuple[int, int, int, int]
+"""What is in a `Desc`, which takes three times as long to make."""
 
 DESC, USED = struct.Struct("<QIHH"), struct.Struct("<II")
 
@@ -34,16 +37,16 @@ class Desc(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Desc:
-        return cls(*struct.unpack("<QIHH", data))
+        return cls(*DESC.unpack(data))
 
 
-def linked(descs: Sequence[Desc], indexes: Sequence[int]) -> list[Desc]:
+def linked(descs: Sequence[Entry], indexes: Sequence[int]) -> list[Desc]:
     """The descriptors chained to each other, as they stand at `indexes` of a table."""
     found = [
         Desc(address, length, flags | NEXT, next_)
         for (address, length, flags, _), next_ in zip(descs, indexes[1:], strict=False)
     ]
-    return [*found, *descs[-1:]]
+    return [*found, *starmap(Desc, descs[-1:])]
 
 
 class Areas(Protocol):
@@ -59,10 +62,6 @@ class Word:
     def __init__(self, part: str, after: int, entry: int = 0) -> None:
         self.part, self.after, self.entry = part, after, entry
 
-    def address(self, ring: Areas) -> int:
-        base: int = getattr(ring, self.part)
-        return base + self.after + self.entry * ring.size
-
     @overload
     def __get__(self, ring: None, owner: object) -> Word: ...
     @overload
@@ -73,7 +72,7 @@ class Word:
         return ring.memory.load16(getattr(ring, self.part) + self.after + self.entry * ring.size)
 
     def __set__(self, ring: Areas, value: int) -> None:
-        ring.memory.store16(self.address(ring), value & 0xFFFF)
+        ring.memory.store16(getattr(ring, self.part) + self.after + self.entry * ring.size, value & 0xFFFF)
 
 
 class SplitRing:
@@ -145,12 +144,12 @@ class SplitRing:
         self.memory.write(self.desc + 16 * index, desc.pack())
 
     @staticmethod
-    def table(descs: Sequence[Desc]) -> bytes:
+    def table(descs: Sequence[Entry]) -> bytes:
         """An indirect table, with the descriptors as they are given."""
-        return b"".join(desc.pack() for desc in descs)
+        return b"".join([DESC.pack(*desc) for desc in descs])
 
     @staticmethod
-    def linked(descs: Sequence[Desc]) -> list[Desc]:
+    def linked(descs: Sequence[Entry]) -> list[Desc]:
         """The descriptors of a chain as they are to stand in an indirect table."""
         return linked(descs, range(len(descs)))
 
@@ -163,19 +162,21 @@ class SplitRing:
         id_, length = USED.unpack(self.memory.read(self.used + 4 + 8 * (slot % self.size), 8))
         return id_, length
 
-    def add(self, descs: Sequence[Desc]) -> int:
+    def add(self, descs: Sequence[Entry]) -> int:
         """Chain descriptors and put the head into the avail ring, not yet published; return the head."""
-        if len(descs) > len(self._free):
+        left = len(self._free) - len(descs)
+        if left < 0:
             raise BufferError(f"{len(descs)} descriptors wanted, {len(self._free)} free")
-        indexes = [self._free.pop() for _ in descs]
-        last = indexes[-1]
-        for (address, length, flags, _), index, next_ in zip(descs, indexes, [*indexes[1:], 0], strict=True):
-            self.memory.write(
-                self.desc + 16 * index, DESC.pack(address, length, flags if index == last else flags | NEXT, next_)
-            )
-        self._chains[indexes[0]] = indexes
-        self.offer(indexes[0])
-        return indexes[0]
+        taken = self._free[left:]
+        del self._free[left:]
+        head = taken[-1]
+        next_ = link = 0
+        for index, (address, length, flags, _) in zip(taken, reversed(descs), strict=True):
+            self.memory.write(self.desc + 16 * index, DESC.pack(address, length, flags | link, next_))
+            next_, link = index, NEXT
+        self._chains[head] = taken
+        self.offer(head)
+        return head
 
     def offer(self, head: int) -> None:
         """The next entry of the avail ring, whatever it is."""
@@ -193,17 +194,23 @@ class SplitRing:
 
     @property
     def has_used(self) -> bool:
-        """Whether the device gave something back that `pop_used` has not returned."""
+        """Whether the device gave something back that was not taken yet."""
         return self.used_idx != self.next_used
+
+    def take_used(self, most: int = 1 << 16) -> list[tuple[int, int]]:
+        """(head, length) of what the device gave back, as far as it stands together."""
+        slot = self.next_used % self.size
+        count = min(self.used_idx - self.next_used & 0xFFFF, self.size - slot, most)
+        found = list(USED.iter_unpack(self.memory.read(self.used + 4 + 8 * slot, 8 * count)))
+        self.next_used = self.next_used + count & 0xFFFF
+        for head, _ in found:
+            self._free += self._chains.pop(head, ())
+        return found
 
     def pop_used(self) -> tuple[int, int] | None:
         """The next (head, length) that the device gave back."""
-        if self.used_idx == self.next_used:
-            return None
-        head, length = self.used_element(self.next_used)
-        self.next_used = (self.next_used + 1) & 0xFFFF
-        self._free.extend(reversed(self._chains.pop(head, [])))
-        return head, length
+        found = self.take_used(1)
+        return found[0] if found else None
 
     def expect_interrupt(self) -> None:
         """Ask for an interrupt for the next used buffer; the used ring must be looked at again after this."""
