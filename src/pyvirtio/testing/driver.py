@@ -231,10 +231,7 @@ class VirtioDriver:
 
     def take_interrupts(self, only: Interrupts | None = None) -> bool:
         """Handle the interrupts that have arrived, or those of one source; return whether there were any."""
-        if only is None:
-            sources = list(dict.fromkeys([self.config_source, *[queue.source for queue in self.queues]]))
-        else:
-            sources = [only]
+        sources = (only,) if only else dict.fromkeys([self.config_source, *[queue.source for queue in self.queues]])
         taken = [source for source in sources if source.take()]
         for queue in self.queues if taken else ():
             if queue.source in taken:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+
+class Free(dict[int, list[int]]):
+    """Addresses that were given back, by the size they have room for; what gets the same room shares them."""
+
+    def __missing__(self, size: int) -> list[int]:
+        room = _room(size)
+        self[size] = addresses = [] if size == room else self[room]
+        return addresses
 
 
 class Heap:
@@ -10,13 +17,13 @@ class Heap:
 
     def __init__(self, start: int, end: int, align: int = 4096) -> None:
         self._next, self._end, self._align = start, end, align
-        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        self._free = Free()
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes, at least 16; what they contain is anything."""
-        room = _room(size)
-        if free := self._free[room]:
+        if free := self._free[size]:
             return free.pop()
+        room = _room(size)
         align = min(room, self._align)
         address = -(-self._next // align) * align
         if address + room > self._end:
@@ -25,7 +32,7 @@ class Heap:
         return address
 
     def free(self, address: int, size: int) -> None:
-        self._free[_room(size)].append(address)
+        self._free[size].append(address)
 
 
 def _room(size: int) -> int:

@@ -179,8 +179,11 @@ class Buffer:
 
     def finish(self, used_len: int | None) -> None:
         """None stands for all of the room: what IN_ORDER skips was used whole."""
-        read = self.queue.memory.read
-        self.room = b"".join([read(address, length) for address, length, flags, _ in self.descs if flags & WRITE])
+        pieces = []
+        for address, length, flags, _ in self.descs:
+            if flags & WRITE:
+                pieces.append(self.queue.memory.read(address, length))
+        self.room = b"".join(pieces)
         self.used_len = len(self.room) if used_len is None else used_len
         self.data = self.room[: self.used_len]
         self.free()

@@ -180,7 +180,7 @@ class SplitRing:
 
     def offer(self, head: int) -> None:
         """The next entry of the avail ring, whatever it is."""
-        self.write_avail(self.next_avail, head)
+        self.memory.store16(self.avail + 4 + 2 * (self.next_avail % self.size), head)
         self.next_avail = (self.next_avail + 1) & 0xFFFF
 
     def publish(self) -> bool:
