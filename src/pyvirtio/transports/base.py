@@ -3,9 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pyvirtio._core import GuestMemory, IrqLine, MsixVector
 from pyvirtio.dataplane import Dataplane, QueueSetup
@@ -18,8 +17,7 @@ Result = TypeVar("Result")
 log = logging.getLogger("pyvirtio")
 
 
-@dataclass(frozen=True)
-class IoAddress:
+class IoAddress(NamedTuple):
     """A guest write that can be an ioeventfd: `length` 0 matches any width, `datamatch` None any value."""
 
     space: Literal["pio", "mmio"]
@@ -95,7 +93,7 @@ class DriverState:
         before, until = self._slow
         if until and time.monotonic() < until:
             return before
-        return self._status | (Status.NEEDS_RESET if self.dataplane.state.broken else Status(0))
+        return self._status | Status.NEEDS_RESET if self.dataplane.state.broken else self._status
 
     @property
     def bus_master(self) -> bool:
