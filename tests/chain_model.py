@@ -42,26 +42,31 @@ class Malformed(Exception):
 
 
 class Memory:
-    """A copy of guest RAM, and how the specification reads chains in it."""
+    """A copy of guest RAM, by the address of each region, which are in order."""
 
     def __init__(self, guest: Guest) -> None:
         self.regions = {start: bytearray(guest.memory.read(start, size)) for start, size in guest.ram}
 
-    def _pieces(self, address: int, length: int) -> Iterator[tuple[bytearray, slice]]:
-        while length:
-            start = max((start for start in self.regions if start <= address), default=None)
-            if start is None or address - start >= len(self.regions[start]):
-                raise Malformed(f"{address:#x} is no RAM")
+    def pieces(self, address: int, length: int) -> list[tuple[bytearray, slice]]:
+        """What a range is made of; `Malformed` unless all of it is RAM."""
+        found = []
+        for start, region in self.regions.items():
             at = address - start
-            n = min(length, len(self.regions[start]) - at)
-            yield self.regions[start], slice(at, at + n)
-            address, length = address + n, length - n
+            if 0 <= at < len(region):
+                n = min(length, len(region) - at)
+                found.append((region, slice(at, at + n)))
+                address, length = address + n, length - n
+                if not length:
+                    return found
+        if length:
+            raise Malformed(f"{address:#x} is no RAM")
+        return found
 
     def read(self, address: int, length: int) -> bytes:
-        return b"".join(region[part] for region, part in self._pieces(address, length))
+        return b"".join([region[part] for region, part in self.pieces(address, length)])
 
     def write(self, address: int, data: bytes) -> None:
-        for region, part in list(self._pieces(address, len(data))):
+        for region, part in self.pieces(address, len(data)):
             n = part.stop - part.start
             region[part], data = data[:n], data[n:]
 
@@ -155,7 +160,7 @@ class SplitModel(Model):
             if desc.length:
                 (writable if desc.flags & WRITE else readable).append(desc)
         for desc in readable + writable:
-            self.read(desc.address, desc.length)
+            self.pieces(desc.address, desc.length)
         if sum(desc.length for desc in readable + writable) > U32:
             raise Malformed("too long")
         return readable, writable
@@ -169,7 +174,7 @@ class SplitModel(Model):
                 bad = not indirect or desc.flags & NEXT or desc.length % 16 or not 0 < desc.length <= 16 * largest
                 if bad:
                     raise Malformed("no table that a chain may have")
-                self.read(desc.address, desc.length)
+                self.pieces(desc.address, desc.length)
                 yield from self._walk(desc.address, desc.length // 16, 0, largest, False)
                 return
             yield desc
@@ -242,7 +247,7 @@ class PackedModel(Model):
         bad = n or not indirect or desc.flags & NEXT or desc.length % 16 or not 0 < desc.length <= 16 * largest
         if bad:
             raise Malformed("no table that a chain may have")
-        self.read(desc.address, desc.length)
+        self.pieces(desc.address, desc.length)
         entries = [self.entry(desc.address, index) for index in range(desc.length // 16)]
         if any(entry.flags & INDIRECT for entry in entries):
             raise Malformed("a table in a table")
@@ -257,7 +262,7 @@ class PackedModel(Model):
         if sum(desc.length for desc in buffers) > U32:
             raise Malformed("too long")
         for desc in buffers:
-            self.read(desc.address, desc.length)
+            self.pieces(desc.address, desc.length)
         return buffers
 
 
@@ -269,9 +274,8 @@ def model_of(driver: VirtioDriver) -> Model:
 def compare(guest: Guest, model: Model) -> None:
     """All of guest memory is what the model says, but for what the device may change at any time."""
     now = Memory(guest)
-    for memory in (now, model):
-        for address, length in model.events:
-            memory.write(address, bytes(length))
+    for address, length in model.events:
+        model.write(address, now.read(address, length))
     for start, region in model.regions.items():
         assert now.regions[start] == region
 

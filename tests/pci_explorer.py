@@ -62,30 +62,32 @@ class Explorer:
 
     def decoded(self) -> dict[int, int]:
         """The address of each BAR that is decoded."""
-        found = {}
+        found, command = {}, self.pci.command
         for bar, window in self.pci.bars.items():
-            address, size = self.pci.bar_address(bar), self.pci.sizes[bar]
-            top = (1 << (64 if bar == MODERN else 32)) - size
-            if self.pci.command & (IO if window.space == "pio" else MEMORY) and address not in (0, top):
-                found[bar] = address
+            if command & (IO if window.space == "pio" else MEMORY):
+                address = self.pci.bar_address(bar)
+                top = (1 << (64 if bar == MODERN else 32)) - self.pci.sizes[bar]
+                if address not in (0, top):
+                    found[bar] = address
         return found
 
-    def reachable(self, bar: int) -> bool:
-        """Whether it is decoded and shares no address with another BAR."""
-        at, space = self.decoded(), {bar: window.space for bar, window in self.pci.bars.items()}
+    def reachable(self, bar: int, at: dict[int, int] | None = None) -> bool:
+        """Whether it is decoded and shares no address with another BAR; `at` is what `decoded` has said."""
+        at, bars, sizes = self.decoded() if at is None else at, self.pci.bars, self.pci.sizes
         return bar in at and all(
-            at[bar] + self.pci.sizes[bar] <= at[other] or at[other] + self.pci.sizes[other] <= at[bar]
+            at[bar] + sizes[bar] <= at[other] or at[other] + sizes[other] <= at[bar]
             for other in at
-            if other != bar and space[other] == space[bar]
+            if other != bar and bars[other].space == bars[bar].space
         )
 
-    def running(self, *, broken: bool = False) -> bool:
-        """Whether the device should be served, by what its registers say; `broken`: also if it broke."""
+    def up(self) -> bool:
+        """Whether the device should be served unless it broke, by what its registers say."""
         state = self.function.driver
-        up = Status.DRIVER_OK in state.status and state.features is not None
-        if not state.legacy:
-            up = up and Status.FEATURES_OK in state.status
-        return up and bool(self.pci.command & BUS_MASTER) and (broken or Status.NEEDS_RESET not in state.status)
+        needed = Status.DRIVER_OK if state.legacy else Status.DRIVER_OK | Status.FEATURES_OK
+        return needed in state.status and state.features is not None and bool(self.pci.command & BUS_MASTER)
+
+    def running(self) -> bool:
+        return self.up() and Status.NEEDS_RESET not in self.function.driver.status
 
     def has_our_rings(self) -> bool:
         """Whether the rings of `start` are still those that the device serves."""
@@ -312,10 +314,11 @@ class Explorer:
     def check(self) -> None:
         assert not self.tracebacks.found
         assert self.pci.read(0, 2) == 0x1AF4
-        self.check_needs_reset()
-        self.check_running()
+        at, up = self.decoded(), self.up()
+        self.check_needs_reset(at)
+        self.check_running(up)
         self.check_features()
-        self.check_ioeventfds()
+        self.check_ioeventfds(at, up)
 
     def check_reset(self) -> None:
         """Right after a reset nothing is left of the driver."""
@@ -325,17 +328,17 @@ class Explorer:
         assert not any(vq.ready for vq in self.function.dataplane.queues)
         assert not self.guest.accel.ioeventfds
 
-    def check_needs_reset(self) -> None:
+    def check_needs_reset(self, at: dict[int, int]) -> None:
         """The bit tells whether the device is broken, which no sound driver can bring about."""
         before = bool(self.driver.why_broken)
-        if self.reachable(MODERN):
+        if self.reachable(MODERN, at):
             shown = bool(self.pci.bars[MODERN].read(MODERN_STATUS, 1) & Status.NEEDS_RESET)
             assert shown in (before, bool(self.driver.why_broken))
         assert self.rogue or not self.driver.why_broken
 
-    def check_running(self) -> None:
+    def check_running(self, up: bool) -> None:
         queues, setups = self.function.dataplane.queues, self.function.driver.setups
-        if self.running():
+        if up and Status.NEEDS_RESET not in self.function.driver.status:
             assert self.device.active
             assert [vq.ready for vq in queues] == [setup.enabled for setup in setups]
         elif LEGACY not in self.home and not self.driver.why_broken:
@@ -352,9 +355,9 @@ class Explorer:
         assert self.agreed in (None, features)
         self.agreed = features
 
-    def check_ioeventfds(self) -> None:
+    def check_ioeventfds(self, at: dict[int, int], up: bool) -> None:
         assigned = self.guest.accel.ioeventfds
-        wanted = self._notify_addresses() if self.running(broken=True) and self.function.ioeventfd else set()
+        wanted = self._notify_addresses(at) if up and self.function.ioeventfd else set()
         broken = bool(self.driver.why_broken)  # asked last: the I/O thread may break the device meanwhile
         if self.function.dataplane.notifiers.reasons:
             assert self.refusals
@@ -365,8 +368,8 @@ class Explorer:
         else:
             assert assigned == wanted
 
-    def _notify_addresses(self) -> set[IoAddress]:
-        at, found = self.decoded(), set()
+    def _notify_addresses(self, at: dict[int, int]) -> set[IoAddress]:
+        found = set()
         for vq in self.function.dataplane.queues:
             if vq.ready:
                 if LEGACY in at:

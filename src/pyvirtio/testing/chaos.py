@@ -18,6 +18,7 @@ from pyvirtio.testing.registers import COMMON, LEGACY
 from pyvirtio.testing.ring import WRITE, Desc
 
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+NEAR = range(129)
 PLACES = ("address", "length", "flags", "next", "head", "jump")
 
 
@@ -91,11 +92,11 @@ class Batch:
 
 
 def _address(random: Random, places: Sequence[int]) -> int:
-    return random.choice(places) + random.randint(0, 128)
+    return random.choice(places) + random.choice(NEAR)
 
 
 def _length(random: Random) -> int:
-    return random.choice([0, random.randint(1, 64), random.randint(0, 520)])
+    return random.randint(0, random.choice([0, 64, 520]))
 
 
 def _nonsense(random: Random, place: str, places: Sequence[int]) -> int:
