@@ -7,6 +7,9 @@ from pyvirtio.testing.vhost_user import FrontEnd
 
 pytest_plugins = ["pytester"]
 
+KEEP_SIGNALS = ("-p", "no:faulthandler")
+"""A pytest within pytest would leave without the handlers of signals that this process has, SIGBUS among them."""
+
 DICE = """
 import pytest
 from pyvirtio import Device, queue
@@ -42,7 +45,7 @@ def test_plain(guest):
     assert throw(guest.plug(Dice())) == b"666"
 """
     )
-    shown = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider")
+    shown = pytester.runpytest_inprocess("-v", "-p", "no:cacheprovider", *KEEP_SIGNALS)
     shown.assert_outcomes(passed=10)
     for name in (
         "test_all[sync-legacy]", "test_all[sync-legacy-indirect]", "test_all[ioeventfd-legacy]",
@@ -74,7 +77,7 @@ def test_wrong(guest):
     assert throw(guest.plug(Dice())) == b"777"
 """
     )
-    shown = pytester.runpytest_inprocess("--pyvirtio-trace-on-failure", "-p", "no:cacheprovider")
+    shown = pytester.runpytest_inprocess("--pyvirtio-trace-on-failure", "-p", "no:cacheprovider", *KEEP_SIGNALS)
     shown.assert_outcomes(failed=4)
     shown.stdout.fnmatch_lines(
         [
