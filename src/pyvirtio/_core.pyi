@@ -62,9 +62,9 @@ class GuestMemory:
     def read(self, address: int, length: int) -> bytes: ...
     def write(self, address: int, data: Buffer) -> None: ...
     def load16(self, address: int) -> int:
-        """One atomic load with acquire ordering."""
+        """One atomic load, sequentially consistent: a driver looks for a wish for kicks after it has published."""
     def store16(self, address: int, value: int) -> None:
-        """One atomic store with release ordering."""
+        """One atomic store, sequentially consistent."""
     def view(self, address: int, length: int) -> memoryview:
         """Guest memory itself, writable, through Python's own mapping; must lie in one region."""
 

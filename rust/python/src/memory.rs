@@ -63,12 +63,12 @@ impl GuestMemory {
 
     fn load16(&self, address: u64) -> PyResult<u16> {
         let cell = self.inner.atomic16(address).map_err(guest_error)?;
-        Ok(u16::from_le(cell.load(Ordering::Acquire)))
+        Ok(u16::from_le(cell.load(Ordering::SeqCst)))
     }
 
     fn store16(&self, address: u64, value: u16) -> PyResult<()> {
         let cell = self.inner.atomic16(address).map_err(guest_error)?;
-        cell.store(value.to_le(), Ordering::Release);
+        cell.store(value.to_le(), Ordering::SeqCst);
         Ok(())
     }
 
