@@ -26,7 +26,7 @@ from pyvirtio.lab.kernel import InstalledKernel, find_kernel
 from pyvirtio.testing.linux import GuestFailed, LinuxGuest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
-BEGIN, END = "<!-- written by tools/fault_report.py -->", "<!-- end -->"
+END = "<!-- end -->"
 SIZE = 4 << 20
 SEED = 1
 
@@ -135,7 +135,7 @@ DATA = bytes(32 * 4096)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table into docs/faults.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/faults.md")
     parser.add_argument("--seconds", type=float, default=20, help="how long I/O may take before it counts as hung")
     parser.add_argument(
         "--kernel", metavar="VERSION", help="as `uname -r` says it; unless given the newest cloud kernel"
@@ -156,9 +156,17 @@ def main() -> int:
     text = table(trials, calls, version)
     print(text)
     if args.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        write(text, version)
     return 0
+
+
+def write(text: str, version: str) -> None:
+    """Put the tables in the place of those of the same kernel, or behind all others."""
+    begin = f"<!-- Linux {'.'.join(version.split('.')[:2])}, written by tools/fault_report.py -->"
+    before, found, rest = PAGE.read_text().partition(begin)
+    after = rest.partition(END)[2] if found else "\n"
+    gap = "" if found else "\n"
+    PAGE.write_text(f"{before}{gap}{begin}\n{text}\n{END}{after}")
 
 
 def run(kernel: InstalledKernel, trials: list[Trial], calls: list[Call], seconds: float) -> str:
