@@ -253,7 +253,7 @@ class Console(Device, id=DeviceId.CONSOLE, config=ConsoleConfig):
                 self._console.write(data[:1])
 
     def save(self) -> dict[str, Any]:
-        messages = [[*key, message] for key, message in self._messages.items()]
+        messages = [[*key, message] for key, message in list(self._messages.items())]  # chardevs add some meanwhile
         return {**super().save(), "ports": [port.save() for port in self.ports], "messages": messages}
 
     def restore(self, state: dict[str, Any]) -> None:
