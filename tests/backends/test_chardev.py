@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyvirtio.backends.chardev import Chardev, File, Null, Pty, Socket
+from pyvirtio.bench.servers import is_listened_at
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing.plugin import nothing_left_behind
 from pyvirtio.testing.queue import HANG
@@ -152,7 +153,7 @@ def test_a_server_may_wait_for_its_first_peer(
     tmp_path: Path, opened: list[Chardev], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def come() -> None:
-        while not (tmp_path / "s").exists():
+        while not is_listened_at(tmp_path / "s"):
             time.sleep(0.001)
         peers.append(connect(tmp_path / "s"))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyvirtio.backends.nbd import ACK, GO, INFO, SEND_FLUSH, UNSUPPORTED, Address, Nbd
+from pyvirtio.bench.servers import is_listened_at
 from pyvirtio.devices.blk import Blk
 from pyvirtio.errors import ConfigError
 from pyvirtio.testing import Guest
@@ -40,12 +41,12 @@ class Servers:
         self.path = directory / "nbd.sock"
 
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
-        """Run a server, and return when its socket is there."""
+        """Run a server, and return when it listens."""
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self.stack.callback(process.wait)
         self.stack.callback(process.kill)
         deadline = time.monotonic() + GUARD
-        while not self.path.exists():
+        while not is_listened_at(self.path):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.01)

@@ -11,6 +11,7 @@ import pytest
 
 from pyvirtio.backends.net import NetBackend
 from pyvirtio.backends.sockets import Dgram, Stream
+from pyvirtio.bench.servers import is_listened_at
 from pyvirtio.devices.net import Net
 from pyvirtio.testing import Guest
 from pyvirtio.testing.net import Nic, frame
@@ -65,7 +66,7 @@ def test_frames_pass_from_our_stream_through_qemu_to_our_datagrams(guest: Guest,
 
 def connected(path: Path) -> Stream:
     deadline = time.monotonic() + HANG_GUARD
-    while not path.exists():
+    while not is_listened_at(path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return Stream(addr__type="unix", addr__path=path)

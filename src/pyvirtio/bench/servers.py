@@ -111,7 +111,7 @@ def started(arguments: list[str], socket_path: Path) -> Iterator[int]:
     with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + START
-            while not _is_listened_at(socket_path):
+            while not is_listened_at(socket_path):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ProtocolError(f"{Path(arguments[0]).name} did not start")
                 time.sleep(0.01)
@@ -128,7 +128,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
 
 
-def _is_listened_at(path: Path) -> bool:
+def is_listened_at(path: Path) -> bool:
     """Not found out by a connection: some serve one front-end only, and would take that for it."""
     accepts = "00010000"  # __SO_ACCEPTCON
     sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
