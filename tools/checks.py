@@ -204,14 +204,13 @@ def slow_tiers() -> list[Step]:
 
 
 def run_all(only_fast: bool) -> list[Outcome]:
-    """One step after another, but Linux guests, which take the longest, beside the other tiers."""
-    outcomes = [step.run() for step in checks()]
+    """One step after another, but Linux guests, which take the longest, beside all others."""
     if only_fast:
-        return outcomes + [step.run() for step in fast_tiers()]
+        return [step.run() for step in (*checks(), *fast_tiers())]
     linux = linux_tests()
     print(f"== {linux.name}: begun, shown at the end\n", flush=True)
     beside = linux.start()
-    outcomes += [step.run() for step in (*fast_tiers(), *slow_tiers())]
+    outcomes = [step.run() for step in (*checks(), *fast_tiers(), *slow_tiers())]
     return [*outcomes, linux.conclude(beside)]
 
 
