@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// So many requests are published together: the driver goes on with them while the next ones are served.
+/// So many requests are published first: the driver takes its time to wake up, while the next ones are served.
+const FIRST: u32 = 16;
+/// So many requests are published together from then on, which the driver goes on with.
 const PUBLISHED: u32 = 64;
 /// A request that took longer does not wait for the rest of its batch.
 const SLOW: Duration = Duration::from_millis(1);
@@ -17,11 +19,13 @@ pub struct Pace {
     stride: u32,
     answered: u32,
     unpublished: u32,
+    /// How many are published together next.
+    together: u32,
 }
 
 impl Pace {
     pub fn new() -> Self {
-        Self { since: Instant::now(), stride: 1, answered: 0, unpublished: 0 }
+        Self { since: Instant::now(), stride: 1, answered: 0, unpublished: 0, together: FIRST }
     }
 
     /// Some requests were answered; true if the driver should know by now.
@@ -30,9 +34,10 @@ impl Pace {
         self.answered += requests;
         // Before anything else: it renews `stride`.
         let slow = self.answered >= self.stride && self.is_slow();
-        let due = slow || self.unpublished >= PUBLISHED;
+        let due = slow || self.unpublished >= self.together;
         if due {
             self.unpublished = 0;
+            self.together = PUBLISHED;
         }
         due
     }
