@@ -1,7 +1,7 @@
 //! The life of a queue: its ring is taken into use, held, moved to other memory and given up again.
 
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::ring::Ring;
 use super::service::Active;
@@ -86,5 +86,14 @@ impl VirtQueue {
         if let (Some(old), false) = (old, self.is_server()) {
             old.finish();
         }
+    }
+
+    /// What messages call who serves it, or served it last.
+    pub fn handler_name(&self) -> String {
+        self.handler_name.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_handler_name(&self, name: &str) {
+        *self.handler_name.lock().unwrap_or_else(PoisonError::into_inner) = name.to_owned();
     }
 }

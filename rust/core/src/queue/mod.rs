@@ -128,15 +128,6 @@ impl VirtQueue {
         &self.name
     }
 
-    /// What messages call who serves it, or served it last.
-    pub fn handler_name(&self) -> String {
-        self.handler_name.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set_handler_name(&self, name: &str) {
-        *self.handler_name.lock().unwrap_or_else(PoisonError::into_inner) = name.to_owned();
-    }
-
     pub fn index(&self) -> u16 {
         self.index
     }
