@@ -66,7 +66,7 @@ def test_frames_pass_from_our_stream_through_qemu_to_our_datagrams(guest: Guest,
 
 def connected(path: Path) -> Stream:
     deadline = time.monotonic() + HANG_GUARD
-    while not is_listened_at(path):
+    while not is_listened_at(Path(path.name)):  # as QEMU was told, in its directory
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return Stream(addr__type="unix", addr__path=path)
