@@ -35,7 +35,9 @@ def linux(
     kernel = find_kernel()
     (directory / "initrd").write_bytes(initrd.build(kernel, INIT + script, modules=("virtio_pci", *modules)))
     boot = ["-smp", "2", "-kernel", str(kernel.image), "-initrd", str(directory / "initrd")]
-    return command(directory, *boot, "-append", f"console=ttyS0 quiet panic=-1 {append}", *arguments, memory=memory)
+    # The kernel's tests of its ciphers once did not end on the second of two emulated CPUs.
+    append = f"console=ttyS0 quiet panic=-1 cryptomgr.notests {append}"
+    return command(directory, *boot, "-append", append, *arguments, memory=memory)
 
 
 def run(machine: list[str], directory: Path) -> bytes:
